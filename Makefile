@@ -1,0 +1,53 @@
+# One target, one job. `make demo` and `make test` work on a fresh machine with Python 3.10+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := export runtime calibrate
+STAMP := $(VENV)/.installed
+# PyTorch's CPU build, where pip is set up to find one; a plain `torch` brings gigabytes of CUDA packages.
+TORCH ?= torch==2.13.0
+
+.PHONY: install demo test test-fast lint typecheck links bench wheel clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py --out build/demo
+
+test: install lint typecheck
+	$(BIN)/python -m pytest
+
+test-fast: install
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# No static tool follows an editable install's import hook, so they get a tree of links.
+links:
+	@mkdir -p build/typing/latentrt
+	@ln -sfn $(addprefix $(CURDIR)/,$(PACKAGES)) build/typing/latentrt/
+
+typecheck: install links
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/bench_start.py --json build/bench_start.json
+	$(BIN)/python benchmarks/bench_samplers.py
+
+wheel: install
+	@rm -rf dist build/lib && mkdir -p build
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m zipfile --list dist/*.whl | awk '/^latentrt\//{print $$1}' | cut -d/ -f2- | sort > build/wheel.txt
+	git ls-files $(PACKAGES) | sort | diff build/wheel.txt -
+
+clean:
+	rm -rf build dist

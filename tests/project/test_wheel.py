@@ -1,0 +1,67 @@
+"""The wheel holds exactly the tracked files of the three folders, and installs one ONNX Runtime at most."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return next(out.glob("*.whl"))
+
+
+def test_holds_what_git_tracks(wheel: Path) -> None:
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "export", "runtime", "calibrate"]
+    tracked = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    held = {n.removeprefix("latentrt/") for n in zipfile.ZipFile(wheel).namelist() if n.startswith("latentrt/")}
+    assert held == set(tracked)
+
+
+def requirements(wheel: Path) -> list[Requirement]:
+    archive = zipfile.ZipFile(wheel)
+    metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    return [Requirement(r) for r in Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist", [])]
+
+
+def installed_for(wheel: Path, *extras: str) -> set[str]:
+    """What pip would install: each marker is tried with every extra asked for, or with none."""
+    environments = [{"extra": extra} for extra in extras] or [{"extra": ""}]
+    names = set()
+    for requirement in requirements(wheel):
+        if requirement.marker is None or any(requirement.marker.evaluate(e) for e in environments):
+            names.add(requirement.name)
+            if requirement.name == "latentrt":
+                names |= installed_for(wheel, *requirement.extras)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("extras", "runtime"),
+    [
+        ((), "onnxruntime"),
+        (("cpu",), "onnxruntime"),
+        (("gpu",), "onnxruntime-gpu"),
+        (("gpu", "export", "tensorrt", "calibrate"), "onnxruntime-gpu"),
+        (("cpu", "export", "tensorrt-rtx"), "onnxruntime"),
+        (("dev",), "onnxruntime"),
+    ],
+)
+def test_one_onnxruntime(wheel: Path, extras: tuple[str, ...], runtime: str) -> None:
+    found = {name for name in installed_for(wheel, *extras) if name.startswith("onnxruntime")}
+    assert found == {runtime}
+
+
+def test_the_runtime_alone_needs_no_pytorch(wheel: Path) -> None:
+    assert not installed_for(wheel) & {"torch", "diffusers", "transformers", "onnx"}
