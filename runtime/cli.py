@@ -36,7 +36,7 @@ class EntryPointGroup(TyperGroup):
     """A group whose subcommands are the entry points of `latentrt.commands`."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names in the order of use: export, build, …"""
+        """Names in the order of use."""
         order = ["export", "build", "calibrate", "generate", "bench", "plan", "inspect", "verify", "doctor"]
         names = {entry.name for entry in entry_points(group=GROUP)}
         return [name for name in order if name in names] + sorted(names - set(order))
@@ -109,7 +109,9 @@ def _exit_code_of(err: Exception, *, as_json: bool) -> int:
     if isinstance(err, OSError):
         return fail(describe_os_error(err), code=1, as_json=as_json)
     if isinstance(err, MemoryError):
-        return fail("memory: expected more than this machine has free. Use a smaller size or batch.", code=1, as_json=as_json)
+        return fail(
+            "memory: expected more than this machine has free. Use a smaller size or batch.", code=1, as_json=as_json
+        )
     # click's own errors and exits, recognised by their interface: typer may bring a click of its own.
     if hasattr(err, "exit_code"):
         if hasattr(err, "format_message"):
@@ -118,7 +120,9 @@ def _exit_code_of(err: Exception, *, as_json: bool) -> int:
         return int(err.exit_code)
     if type(err).__name__ == "Abort":
         return fail("cancelled.", code=130, as_json=as_json)
-    return fail(f"unexpected {type(err).__name__}: {err}. Run again with --debug and report it.", code=1, as_json=as_json)
+    return fail(
+        f"unexpected {type(err).__name__}: {err}. Run again with --debug and report it.", code=1, as_json=as_json
+    )
 
 
 if __name__ == "__main__":

@@ -12,14 +12,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .manifest import write_atomic
+from .specs import Array
 
 Pictures = NDArray[np.uint8]
 
 
-def to_uint8(sample: NDArray[np.floating]) -> Pictures:
+def to_uint8(sample: Array) -> Pictures:
     """Decoded samples (b, 3, h, w) in [-1, 1] to pictures (b, h, w, 3), rounded as diffusers rounds them."""
     unit = np.clip(sample.astype(np.float32) * np.float32(0.5) + np.float32(0.5), 0, 1)
-    return np.rint(unit.transpose(0, 2, 3, 1) * np.float32(255)).astype(np.uint8)
+    pictures: Pictures = np.rint(unit.transpose(0, 2, 3, 1) * np.float32(255)).astype(np.uint8)
+    return pictures
 
 
 def save_png(path: Path, picture: Pictures, *, parameters: str | None = None) -> None:

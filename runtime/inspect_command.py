@@ -51,7 +51,14 @@ def inspect(
             "engines",
             ["component", "precision", "flavour", "targets", "MB", "file"],
             [
-                (e.component, e.precision, e.flavour, " ".join(e.targets), f"{megabytes(manifest, (e.path,)):.1f}", e.path)
+                (
+                    e.component,
+                    e.precision,
+                    e.flavour,
+                    " ".join(e.targets),
+                    f"{megabytes(manifest, (e.path,)):.1f}",
+                    e.path,
+                )
                 for e in manifest.engines
             ],
         )

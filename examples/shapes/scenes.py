@@ -190,7 +190,7 @@ def random_prompt(scene: Scene, rng: np.random.Generator, *, omit: float = 0.25)
         if ground and joint == "on" and rng.random() < 0.15:
             backdrop = f"on {scene.background}"
         if ground and rng.random() < 0.1:
-            parts = [f"{ground} with {article if thing[0] not in 'aeiou' else 'an'} {thing}", place]
+            parts = [f"{ground} with {'an' if thing[0] in 'aeiou' else 'a'} {thing}", place]
         elif ground and rng.random() < 0.4:
             parts = [subject, backdrop, place]
         else:

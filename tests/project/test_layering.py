@@ -33,9 +33,9 @@ def broken_rules(folder: str, source: str) -> set[str]:
         parts = name.split(".")
         if parts[0] in ALLOWED:  # works only from the repository's root
             broken.add(name)
-        if parts[0] == "latentrt" and len(parts) > 1 and parts[1] in ALLOWED:
-            if parts[1] != folder and parts[1] not in ALLOWED[folder]:
-                broken.add(name)
+        ours = parts[0] == "latentrt" and len(parts) > 1 and parts[1] in ALLOWED
+        if ours and parts[1] not in {folder} | ALLOWED[folder]:
+            broken.add(name)
         if folder == "runtime" and parts[0] in BANNED_IN_RUNTIME:
             broken.add(name)
     return broken

@@ -105,9 +105,7 @@ def test_damaged_manifests_give_one_kind_of_error(tmp_path_factory: pytest.TempP
 
 
 @given(st.sampled_from(["files", "artifacts", "engines", "name"]), st.sampled_from([None, 3, "x", [1], {"a": 1}]))
-def test_manifests_of_the_wrong_types_too(
-    tmp_path_factory: pytest.TempPathFactory, field: str, value: object
-) -> None:
+def test_manifests_of_the_wrong_types_too(tmp_path_factory: pytest.TempPathFactory, field: str, value: object) -> None:
     bundle = tmp_path_factory.mktemp("bundle")
     small_manifest(bundle)
     path = bundle / "manifest.json"
@@ -121,8 +119,11 @@ def test_manifests_of_the_wrong_types_too(
 
 def _add_option(bundle: str, name: str) -> None:
     for index in range(20):
-        change = {f"{name}{index}": index}
-        update_manifest(Path(bundle), lambda m, c=change: dataclasses.replace(m, options={**m.options, **c}))
+
+        def change(manifest: Manifest, option: str = f"{name}{index}") -> Manifest:
+            return dataclasses.replace(manifest, options={**manifest.options, option: 1})
+
+        update_manifest(Path(bundle), change)
 
 
 def test_two_processes_lose_nothing(tmp_path: Path) -> None:
