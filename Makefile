@@ -39,9 +39,10 @@ links:
 typecheck: install links
 	$(BIN)/mypy
 
-bench: install
+bench: demo
 	$(BIN)/python benchmarks/bench_start.py --json build/bench_start.json
 	$(BIN)/python benchmarks/bench_samplers.py
+	$(BIN)/python benchmarks/prompt_accuracy.py --bundle build/demo/shapes.bundle --json build/prompt_accuracy.json
 
 wheel: install
 	@rm -rf dist build/lib && mkdir -p build

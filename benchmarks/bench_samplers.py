@@ -3,7 +3,8 @@
     python benchmarks/bench_samplers.py [--batch 1] [--size 64] [--steps 20] [--repeats 30] [--json]
 
 What is timed is all that happens between two calls of the U-Net: input scaling and the step. `--size` is that of the
-latent. The two sides take turns, so that both see the same machine; the figure is the median over the repeats.
+latent. The two sides take turns, so that both see the same machine; the figure is the median over all steps of all
+repeats, which a busy machine's pauses of milliseconds do not reach.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import diffusers
@@ -30,33 +32,34 @@ from latentrt.runtime.sampling_plan import plan_sampling, start_sampler
 CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading"}
 
 
-def ours(spec: SamplerSpec, latents: Array, steps: int) -> Callable[[], float]:
+def ours(spec: SamplerSpec, latents: Array, steps: int) -> Callable[[], list[float]]:
     plan = plan_sampling(NoiseSchedule.from_config(CONFIG), spec, steps)
     noise = np.ones_like(latents)
     options: dict[str, Any] = {"noise": lambda _: noise} if spec.eta else {}
 
-    def run() -> float:
-        start = time.perf_counter()
-        for _ in drive(start_sampler(plan, latents, **options), lambda _: latents):
-            pass
-        return (time.perf_counter() - start) / len(plan.steps)
+    def run() -> list[float]:
+        sampler = start_sampler(plan, latents, **options)
+        ticks = [time.perf_counter()]
+        ticks += [time.perf_counter() for _ in drive(sampler, lambda _: latents)]
+        return np.diff(ticks).tolist()
 
     return run
 
 
-def theirs(spec: SamplerSpec, latents: Array, steps: int) -> Callable[[], float]:
+def theirs(spec: SamplerSpec, latents: Array, steps: int) -> Callable[[], list[float]]:
     options = {"plms": {"skip_prk_steps": True}, "ddim": {"clip_sample": False}}.get(spec.name, {})
     scheduler = getattr(diffusers, spec.scheduler)(**CONFIG, **options)
     output = torch.from_numpy(latents)
 
-    def run() -> float:
+    def run() -> list[float]:
         scheduler.set_timesteps(steps)
         sample = output
-        start = time.perf_counter()
+        ticks = [time.perf_counter()]
         for timestep in scheduler.timesteps:
             scheduler.scale_model_input(sample, timestep)
             sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
-        return (time.perf_counter() - start) / len(scheduler.timesteps)
+            ticks.append(time.perf_counter())
+        return np.diff(ticks).tolist()
 
     return run
 
@@ -65,8 +68,8 @@ def measure(spec: SamplerSpec, latents: Array, *, steps: int, repeats: int) -> d
     sides = ours(spec, latents, steps), theirs(spec, latents, steps)
     for side in sides:
         side()
-    times = [[side() for side in sides] for _ in range(repeats)]
-    latentrt, reference = (statistics.median(column) * 1e6 for column in zip(*times, strict=True))
+    runs = [[side() for side in sides] for _ in range(repeats)]
+    latentrt, reference = (statistics.median(chain(*column)) * 1e6 for column in zip(*runs, strict=True))
     return {
         "sampler": spec.label,
         "latentrt_us": round(latentrt, 1),

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from .errors import LatentrtError, UsageError
 
 GROUP = "latentrt.commands"
+CANCELLED = "cancelled; nothing is left half written."
 
 
 def load_command(name: str) -> Any | None:
@@ -95,11 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = app(args=words, prog_name="latentrt", standalone_mode=False)
     except KeyboardInterrupt:
-        return fail("cancelled; nothing is left half written.", code=130, as_json=as_json)
+        return fail(CANCELLED, code=130, as_json=as_json)
     except Exception as err:
         if debug:
             raise
         return _exit_code_of(err, as_json=as_json)
+    if result == 130:  # typer turns Ctrl-C into this exit code without a word
+        return fail(CANCELLED, code=130, as_json=as_json)
     return result if isinstance(result, int) else 0
 
 
@@ -119,7 +122,7 @@ def _exit_code_of(err: Exception, *, as_json: bool) -> int:
             return fail(f"{err.format_message()}{hint}", code=int(err.exit_code), as_json=as_json)
         return int(err.exit_code)
     if type(err).__name__ == "Abort":
-        return fail("cancelled.", code=130, as_json=as_json)
+        return fail(CANCELLED, code=130, as_json=as_json)
     return fail(
         f"unexpected {type(err).__name__}: {err}. Run again with --debug and report it.", code=1, as_json=as_json
     )

@@ -6,6 +6,7 @@ file written by any stage, under a lock, so what it names exists; files it does 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -142,8 +143,12 @@ def write_atomic(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(scratch, path)
+    except OSError as err:
+        # The scratch file's name would mean nothing to the reader of the message.
+        raise OSError(err.errno, err.strerror, str(path)) from err
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
 def load_manifest(bundle: Path) -> Manifest:

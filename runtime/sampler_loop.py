@@ -7,7 +7,7 @@ with and is sent the model's raw output. `drive` runs one of these; a server can
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from .errors import UsageError
@@ -68,7 +68,7 @@ def with_model(
         while True:
             sample = scale_model_input(wanted.sample, wanted.sigma, space)
             timestep = sigma_to_timestep(wanted.sigma) if wanted.timestep is None else wanted.timestep
-            prediction = yield replace(wanted, sample=sample, timestep=timestep)
+            prediction = yield Evaluation(sample, wanted.sigma, timestep, wanted.step_index, wanted.latents)
             if prediction.shape != sample.shape:
                 raise UsageError(
                     f"prediction: expected shape {sample.shape}, got {prediction.shape}. "

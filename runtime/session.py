@@ -34,7 +34,7 @@ def import_onnxruntime() -> Any:
     except ImportError as err:
         raise BackendError(
             f"onnxruntime: expected an importable package, got {err}. "
-            "Install one backend: pip install 'latentrt[cpu]' or pip install 'latentrt[gpu]'."
+            "Install one: pip install 'latentrt[cpu]' or pip install 'latentrt[gpu]'."
         ) from err
     if not hasattr(onnxruntime, "InferenceSession"):
         raise BackendError(

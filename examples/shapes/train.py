@@ -190,7 +190,9 @@ def prompts_of(scenes: list[Scene], rng: np.random.Generator) -> list[Request]:
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
     """Token ids (b, 77), padded as Stable Diffusion pads them."""
-    return tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    rows = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    ids: torch.Tensor = rows.input_ids
+    return ids
 
 
 def train_text(work: Path, tokenizer: CLIPTokenizer, options: argparse.Namespace) -> CLIPTextModel:
@@ -283,7 +285,8 @@ def train_unet(
         with autocast(device):
             predicted = unet(noisy, t, context).sample.float()
         snr = alphas[t] / (1 - alphas[t])
-        return ((predicted - noise).square().mean((1, 2, 3)) * snr.clamp(max=5.0) / snr).mean()
+        weighted: torch.Tensor = (predicted - noise).square().mean((1, 2, 3)) * snr.clamp(max=5.0) / snr
+        return weighted.mean()
 
     step_loss: Callable[..., Any] = torch.compile(loss_of) if options.compile else loss_of
     started, running, first = time.time(), 0.0, int(state.get("step", 0))

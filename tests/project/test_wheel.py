@@ -36,8 +36,8 @@ def requirements(wheel: Path) -> list[Requirement]:
 
 
 def installed_for(wheel: Path, *extras: str) -> set[str]:
-    """What pip would install: each marker is tried with every extra asked for, or with none."""
-    environments = [{"extra": extra} for extra in extras] or [{"extra": ""}]
+    """What pip and uv install: the distribution without extras, and what each extra adds."""
+    environments = [{"extra": extra} for extra in ("", *extras)]
     names = set()
     for requirement in requirements(wheel):
         if requirement.marker is None or any(requirement.marker.evaluate(e) for e in environments):
@@ -50,7 +50,6 @@ def installed_for(wheel: Path, *extras: str) -> set[str]:
 @pytest.mark.parametrize(
     ("extras", "runtime"),
     [
-        ((), "onnxruntime"),
         (("cpu",), "onnxruntime"),
         (("gpu",), "onnxruntime-gpu"),
         (("gpu", "export", "tensorrt", "calibrate"), "onnxruntime-gpu"),
@@ -61,6 +60,11 @@ def installed_for(wheel: Path, *extras: str) -> set[str]:
 def test_one_onnxruntime(wheel: Path, extras: tuple[str, ...], runtime: str) -> None:
     found = {name for name in installed_for(wheel, *extras) if name.startswith("onnxruntime")}
     assert found == {runtime}
+
+
+@pytest.mark.parametrize("extra", ["export", "calibrate", "tensorrt", "tensorrt-rtx"])
+def test_no_other_extra_brings_one(wheel: Path, extra: str) -> None:
+    assert not [name for name in installed_for(wheel, extra) if name.startswith("onnxruntime")]
 
 
 def test_the_runtime_alone_needs_no_pytorch(wheel: Path) -> None:

@@ -60,6 +60,10 @@ def run_diffusers(
     scheduler: Any, latents: Array, noise: Array, *, eta: float
 ) -> Iterator[tuple[float, Array, Array, Array]]:
     """(timestep, model input, prediction, latents afterwards) of every step; `noise[i]` is that of step i."""
+    if hasattr(scheduler, "set_begin_index"):
+        # Else diffusers looks the first timestep up and, where rounding gives it twice, starts at the second and
+        # runs off the end: DPM-Solver++ with Karras spacing and the cosine schedule.
+        scheduler.set_begin_index(0)
     sample = torch.from_numpy(np.asarray(latents))
     for i, timestep in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(sample, timestep).numpy()

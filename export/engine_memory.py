@@ -1,0 +1,72 @@
+"""Device memory that engines will take, planned from what the builder stated."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from latentrt.runtime.engine_sidecar import EngineSidecar, EngineTensor, ShapeProfile
+
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+
+
+def tensor_bytes(
+    inputs: Sequence[EngineTensor],
+    outputs: Sequence[EngineTensor],
+    profiles: Mapping[str, ShapeProfile],
+    largest: Mapping[str, int],
+) -> int | None:
+    """Memory of all inputs and outputs at their largest shapes, or None if an output's size is not known.
+
+    Args:
+        inputs: the graph's.
+        outputs: the graph's; a dynamic size is a name that an input carries or `largest` knows, or `8*h` of one.
+        profiles: shapes by input.
+        largest: the largest value of further sizes by name, such as a picture's height.
+    """
+    named = {
+        name: size
+        for tensor in inputs
+        for name, size in zip(tensor.shape, profiles[tensor.name].max, strict=True)
+        if isinstance(name, str)
+    }
+    sizes = {**largest, **named}
+    total = sum(_ITEM_BYTES[tensor.dtype] * math.prod(profiles[tensor.name].max) for tensor in inputs)
+    for tensor in outputs:
+        resolved = [_size_of(size, sizes) for size in tensor.shape]
+        if None in resolved:
+            return None
+        total += _ITEM_BYTES[tensor.dtype] * math.prod(size for size in resolved if size is not None)
+    return total
+
+
+def _size_of(size: int | str, sizes: Mapping[str, int]) -> int | None:
+    factors = [int(word) if word.isdigit() else sizes.get(word) for word in str(size).split("*")]
+    return None if None in factors else math.prod(factor for factor in factors if factor is not None)
+
+
+def planned_vram(sidecars: Iterable[EngineSidecar]) -> dict[str, int | None]:
+    """Device memory by target if all its engines are loaded at once, in bytes; None where a figure is missing.
+
+    All weights, all inputs and outputs at their largest shapes, and one activation block shared by the engines, as
+    large as the largest asks for. The CUDA context and kernels compiled on the device come on top. Of several engines
+    of one component for one target, the largest counts.
+    """
+    by_target: dict[str, dict[str, EngineSidecar]] = defaultdict(dict)
+    for sidecar in sidecars:
+        for sm in sidecar.targets:
+            held = by_target[sm].get(sidecar.component)
+            if held is None or held.engine_bytes < sidecar.engine_bytes:
+                by_target[sm][sidecar.component] = sidecar
+    return {sm: _vram(engines.values()) for sm, engines in by_target.items()}
+
+
+def _vram(sidecars: Iterable[EngineSidecar]) -> int | None:
+    total, block = 0, 0
+    for sidecar in sidecars:
+        if sidecar.weight_bytes is None or sidecar.activation_bytes is None or sidecar.tensor_bytes is None:
+            return None
+        total += sidecar.weight_bytes + sidecar.tensor_bytes
+        block = max(block, sidecar.activation_bytes)
+    return total + block

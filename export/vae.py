@@ -1,0 +1,75 @@
+"""The two halves of diffusers' AutoencoderKL. `scaling_factor` is not part of either: the loop applies it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentrt.runtime.specs import ModelSpec, TensorSpec
+
+from .component import Component
+
+LATENT = ("latent_height", "latent_width")
+PIXEL = ("height", "width")
+
+
+class VaeDecoder(nn.Module):
+    """Latents to pictures."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent_sample: torch.Tensor) -> torch.Tensor:
+        """Latents (b, c, h/8, w/8), already divided by scaling_factor, to pictures (b, 3, h, w) in about [-1, 1]."""
+        out: torch.Tensor = self.vae.decode(latent_sample, return_dict=False)[0]
+        return out
+
+
+class VaeEncoder(nn.Module):
+    """Pictures to the parameters of the latent Gaussian."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        """Pictures (b, 3, h, w) in [-1, 1] to (b, 2·c, h/8, w/8): the mean, then the log variance."""
+        out: torch.Tensor = self.vae.encode(sample).latent_dist.parameters
+        return out
+
+
+def vae_decoder_component(vae: Any) -> Component:
+    """Wrap the decoder half of an `AutoencoderKL` (float32, eval)."""
+    config = vae.config
+    channels = int(config.latent_channels)
+    module = VaeDecoder(vae).eval()
+    return Component(
+        module=module,
+        example_inputs={"latent_sample": torch.linspace(-2, 2, 2 * channels * 35).reshape(2, channels, 5, 7)},
+        spec=ModelSpec(
+            name="vae_decoder",
+            inputs=(TensorSpec("latent_sample", "float32", ("batch", channels, *LATENT)),),
+            outputs=(TensorSpec("sample", "float32", ("batch", int(config.out_channels), *PIXEL)),),
+        ),
+    )
+
+
+def vae_encoder_component(vae: Any) -> Component:
+    """Wrap the encoder half of an `AutoencoderKL` (float32, eval)."""
+    config = vae.config
+    channels, factor = int(config.in_channels), 2 ** (len(config.block_out_channels) - 1)
+    height, width = 5 * factor, 7 * factor
+    return Component(
+        module=VaeEncoder(vae).eval(),
+        example_inputs={
+            "sample": torch.linspace(-1, 1, 2 * channels * height * width).reshape(2, channels, height, width)
+        },
+        spec=ModelSpec(
+            name="vae_encoder",
+            inputs=(TensorSpec("sample", "float32", ("batch", channels, *PIXEL)),),
+            outputs=(TensorSpec("latent_parameters", "float32", ("batch", 2 * int(config.latent_channels), *LATENT)),),
+        ),
+    )
