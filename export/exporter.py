@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from latentrt.runtime.bundle import COMPONENTS
 from latentrt.runtime.errors import ArtifactError, UsageError
-from latentrt.runtime.manifest import (
-    MANIFEST,
-    Artifact,
-    FileRecord,
-    Manifest,
-    changed_inputs,
-    check_files,
-    key_of,
-    load_manifest,
-    record_of,
-)
+from latentrt.runtime.manifest import MANIFEST, Artifact, Manifest, load_manifest
 
-from .checkpoint import Checkpoint, load_pipeline, open_checkpoint
+from .bundle_update import update_bundle
+from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint_weights import load_pipeline
+from .export_plan import PRECISIONS, Planned, graph_path, plan_exports
 from .opset import checked_opset
-from .staging import check_bundle_path, commit, staging_folder
-
-PRECISIONS = ("fp32", "fp16")
-# Raised whenever the same checkpoint and tools would give other graphs than before.
-GRAPH_REVISION = 1
-_GRAPH_TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript")
-_TOOLS = (*_GRAPH_TOOLS, "latentrt", "onnxruntime", "numpy")
-_FOLDER = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
+from .staging import check_bundle_path, staging_folder
 
 Report = Callable[[str], None]
 
@@ -57,36 +41,6 @@ class Exported:
     size: int
     nodes: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Planned:
-    component: str
-    precision: str
-    inputs: Mapping[str, Any]
-    key: str
-    reason: str | None
-
-    @property
-    def path(self) -> str:
-        return graph_path(self.component, self.precision)
-
-
-def graph_path(component: str, precision: str) -> str:
-    """Where a bundle keeps a graph: optimum's name for fp32, the precision before the suffix for others."""
-    return f"{component}/model.onnx" if precision == "fp32" else f"{component}/model.{precision}.onnx"
-
-
-def tool_versions(names: Sequence[str] = _TOOLS) -> dict[str, str]:
-    """Installed versions by distribution; those that are not installed are left out."""
-    return {name: found for name in names if (found := _installed(name)) is not None}
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def export_checkpoint(
@@ -133,64 +87,21 @@ def export_checkpoint(
     options = {"opset": checked_opset(opset)}
     report(f"reading {path.name}")
     manifest = load_manifest(bundle) if (bundle / MANIFEST).exists() else None
-    planned = _plan(checkpoint, bundle, manifest, precisions, options, force=force)
+    planned = plan_exports(checkpoint, bundle, manifest, precisions, options, force=force)
     with staging_folder(bundle) as folder:
         built: dict[tuple[str, str], tuple[Artifact, float]] = {}
         if any(plan.reason for plan in planned):
             built = _build(checkpoint, bundle, manifest, planned, options, folder, report)
         report("moving the graphs into place")
-        final = _commit(checkpoint, bundle, folder, [artifact for artifact, _ in built.values()], options)
+        final = update_bundle(checkpoint, bundle, folder, [artifact for artifact, _ in built.values()], options)
     return [_line(bundle, final, plan, built.get((plan.component, plan.precision))) for plan in planned]
-
-
-def _plan(
-    checkpoint: Checkpoint,
-    bundle: Path,
-    manifest: Manifest | None,
-    precisions: Sequence[str],
-    options: Mapping[str, Any],
-    *,
-    force: bool,
-) -> list[_Planned]:
-    hashes = {folder: checkpoint.hashes(folder) for folder in set(_FOLDER.values())}
-    tools = {**tool_versions(_GRAPH_TOOLS), "graph_revision": str(GRAPH_REVISION)}
-    planned = []
-    for component in COMPONENTS:
-        for precision in precisions:
-            inputs = {
-                "component": component,
-                "precision": precision,
-                "source": hashes[_FOLDER[component]],
-                "options": dict(options),
-                "tools": tools,
-            }
-            key = key_of(inputs)
-            old = manifest.artifact(component, precision) if manifest else None
-            reason = "forced" if force and old else _reason(bundle, manifest, old, inputs, key)
-            planned.append(_Planned(component, precision, inputs, key, reason))
-    return planned
-
-
-def _reason(
-    bundle: Path, manifest: Manifest | None, old: Artifact | None, inputs: Mapping[str, Any], key: str
-) -> str | None:
-    """Why a graph has to be exported, or None if the bundle's is what exporting would give."""
-    if manifest is None or old is None:
-        return "new"
-    if old.key != key:
-        return "changed: " + ", ".join(changed_inputs(old.inputs, inputs))
-    try:
-        check_files(bundle, manifest, old.files)
-    except ArtifactError as err:
-        return str(err)
-    return None
 
 
 def _build(
     checkpoint: Checkpoint,
     bundle: Path,
     manifest: Manifest | None,
-    planned: Sequence[_Planned],
+    planned: Sequence[Planned],
     options: Mapping[str, Any],
     folder: Path,
     report: Report,
@@ -241,7 +152,7 @@ def _borrow(bundle: Path, folder: Path, artifact: Artifact) -> None:
 
 
 def _artifact(
-    plan: _Planned, folder: Path, parity: Mapping[str, Any], options: Mapping[str, Any], parameters: int
+    plan: Planned, folder: Path, parity: Mapping[str, Any], options: Mapping[str, Any], parameters: int
 ) -> Artifact:
     files = [plan.path, *([f"{plan.path}_data"] if (folder / f"{plan.path}_data").exists() else [])]
     return Artifact(
@@ -257,67 +168,7 @@ def _artifact(
     )
 
 
-def _commit(
-    checkpoint: Checkpoint, bundle: Path, folder: Path, artifacts: Sequence[Artifact], options: Mapping[str, Any]
-) -> Manifest:
-    staged: dict[str, tuple[Path, FileRecord]] = {}
-    for artifact in artifacts:
-        for name in artifact.files:
-            staged[name] = folder / name, record_of(folder / name)
-    for name, source in checkpoint.copied_files().items():
-        copy = folder / "copied" / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, copy)
-        staged[name] = copy, record_of(copy)
-    sources = {component: checkpoint.hashes(folder_name) for component, folder_name in _FOLDER.items()}
-
-    def change(before: Manifest | None) -> Manifest:
-        replaced = {(a.component, a.precision) for a in artifacts}
-        kept = [
-            a
-            for a in (before.artifacts if before else ())
-            # Another precision of other weights: one bundle is one checkpoint.
-            if (a.component, a.precision) not in replaced and a.inputs.get("source") in (None, sources[a.component])
-        ]
-        held = {(a.component, a.precision) for a in kept}
-        same = {
-            (a.component, a.precision)
-            for a in artifacts
-            if before and all(before.files.get(name) == staged[name][1] for name in a.files)
-        }
-        engines = tuple(e for e in (before.engines if before else ()) if (e.component, e.precision) in held | same)
-        owned = {name for a in (before.artifacts if before else ()) for name in a.files}
-        owned |= {name for e in (before.engines if before else ()) for name in (e.path, e.sidecar)}
-        wanted = {name for a in (*kept, *artifacts) for name in a.files}
-        wanted |= {name for e in engines for name in (e.path, e.sidecar)}
-        files = {
-            name: record
-            for name, record in (before.files if before else {}).items()
-            if name in wanted or (name not in owned and name.split("/")[0] not in ("tokenizer", "scheduler"))
-        }
-        base = before or Manifest(name="", pipeline_class="", latentrt_version="")
-        return dataclasses.replace(
-            base,
-            name=checkpoint.path.resolve().name,
-            pipeline_class=checkpoint.pipeline_class,
-            latentrt_version=version("latentrt"),
-            source={name: digest for hashes in sources.values() for name, digest in hashes.items()},
-            tools=tool_versions(),
-            options=dict(options),
-            files=files,
-            artifacts=tuple(sorted([*kept, *artifacts], key=_order)),
-            engines=engines,
-        )
-
-    return commit(bundle, staged, change)
-
-
-def _order(artifact: Artifact) -> tuple[int, str]:
-    known = artifact.component in COMPONENTS
-    return COMPONENTS.index(artifact.component) if known else len(COMPONENTS), artifact.precision
-
-
-def _line(bundle: Path, manifest: Manifest, plan: _Planned, built: tuple[Artifact, float] | None) -> Exported:
+def _line(bundle: Path, manifest: Manifest, plan: Planned, built: tuple[Artifact, float] | None) -> Exported:
     import onnx_ir as ir
 
     artifact = manifest.artifact(plan.component, plan.precision)

@@ -16,28 +16,32 @@ PIXEL = ("height", "width")
 
 
 class VaeDecoder(nn.Module):
-    """Latents to pictures."""
+    """Latents to pictures. Holds its half of the VAE only, so that it counts its own parameters."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae = vae
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
 
     def forward(self, latent_sample: torch.Tensor) -> torch.Tensor:
         """Latents (b, c, h/8, w/8), already divided by scaling_factor, to pictures (b, 3, h, w) in about [-1, 1]."""
-        out: torch.Tensor = self.vae.decode(latent_sample, return_dict=False)[0]
+        hidden = latent_sample if self.post_quant_conv is None else self.post_quant_conv(latent_sample)
+        out: torch.Tensor = self.decoder(hidden)
         return out
 
 
 class VaeEncoder(nn.Module):
-    """Pictures to the parameters of the latent Gaussian."""
+    """Pictures to the parameters of the latent Gaussian. Holds its half of the VAE only."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae = vae
+        self.encoder = vae.encoder
+        self.quant_conv = vae.quant_conv
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         """Pictures (b, 3, h, w) in [-1, 1] to (b, 2·c, h/8, w/8): the mean, then the log variance."""
-        out: torch.Tensor = self.vae.encode(sample).latent_dist.parameters
+        hidden = self.encoder(sample)
+        out: torch.Tensor = hidden if self.quant_conv is None else self.quant_conv(hidden)
         return out
 
 

@@ -380,7 +380,7 @@ def main() -> None:
     parser.add_argument("--vae-crop-steps", type=int, default=1750, help="of these, on 64x64 crops")
     parser.add_argument("--vae-batch", type=int, default=8)
     parser.add_argument("--text-steps", type=int, default=1000)
-    parser.add_argument("--unet-steps", type=int, default=6000)
+    parser.add_argument("--unet-steps", type=int, default=4000)
     parser.add_argument("--unet-batch", type=int, default=32)
     parser.add_argument("--unet-rate", type=float, default=8e-4)
     parser.add_argument(

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Stable Diffusion checkpoint. Shared: copy it before changing anything."""
-    from latentrt.export.checkpoint import libraries_quiet
+    from latentrt.export.checkpoint_weights import libraries_quiet
 
     with libraries_quiet():
         from tiny import save_tiny_checkpoint
@@ -26,7 +26,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_loaded(tiny_checkpoint: Path) -> Any:
     """The tiny checkpoint as a diffusers pipeline, loaded by latentrt."""
-    from latentrt.export.checkpoint import load_pipeline, open_checkpoint
+    from latentrt.export.checkpoint import open_checkpoint
+    from latentrt.export.checkpoint_weights import load_pipeline
 
     return load_pipeline(open_checkpoint(tiny_checkpoint))
 

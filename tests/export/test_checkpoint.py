@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentrt.export.checkpoint import load_pipeline, open_checkpoint
+from latentrt.export.checkpoint import open_checkpoint
+from latentrt.export.checkpoint_weights import load_pipeline
 from latentrt.runtime.errors import ArtifactError, ConfigError, LatentrtError
 from latentrt.runtime.manifest import sha256_of
 

@@ -233,13 +233,14 @@ def test_an_interrupt_during_the_build_leaves_nothing(bundle: Path) -> None:
             seen.append(phase)
             if len(seen) == 3:
                 interrupt_main()
-                time.sleep(0.5)  # the builder's next step comes after the interrupt has been seen
+            if len(seen) >= 3:
+                time.sleep(0.5)  # gives the main thread, which may have to wait for a core, time to see it
 
         return step
 
     with pytest.raises(KeyboardInterrupt):
         build_engines(bundle, UNET, machine=NO_GPU, progress=progress)
-    assert 3 <= len(seen) < 10  # of about 60
+    assert 3 <= len(seen) < 30  # of about 60
     assert engine_files(bundle) == []
     assert load_manifest(bundle).engines == ()
     (result,) = build(bundle)

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import pytest
 from safetensors.torch import load_file, save_file
 
-from latentrt.export import exporter, graph_builder, staging
+from latentrt.export import export_plan, exporter, graph_builder, staging
 from latentrt.export.exporter import export_checkpoint
 from latentrt.runtime.bundle import COMPONENTS, open_bundle
 from latentrt.runtime.errors import ArtifactError, ExportError, UsageError
@@ -138,8 +138,8 @@ def test_other_causes_are_named_too(
     exports_from_bundle()
     expected = {"fp32"} if cause != "damage" else set()
     if cause == "tool":
-        real = exporter.tool_versions
-        monkeypatch.setattr(exporter, "tool_versions", lambda *names: {**real(*names), "torch": "99"})
+        real = export_plan.tool_versions
+        monkeypatch.setattr(export_plan, "tool_versions", lambda *names: {**real(*names), "torch": "99"})
     if cause == "damage":
         graph = bundle / "unet/model.onnx"
         graph.write_bytes(graph.read_bytes()[:-1] + b"x")

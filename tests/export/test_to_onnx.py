@@ -154,7 +154,8 @@ def test_graphs_are_valid_and_say_nothing_about_their_making(name: str, file: st
 def test_the_same_weights_give_the_same_bytes_in_another_process(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
     code = (
         "import sys, pathlib\n"
-        "from latentrt.export.checkpoint import load_pipeline, open_checkpoint\n"
+        "from latentrt.export.checkpoint import open_checkpoint\n"
+        "from latentrt.export.checkpoint_weights import load_pipeline\n"
         "from latentrt.export.graph_builder import components_of\n"
         "from latentrt.export.to_onnx import save_onnx, to_onnx\n"
         "pipeline = load_pipeline(open_checkpoint(pathlib.Path(sys.argv[1])))\n"
