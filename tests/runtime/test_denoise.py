@@ -1,0 +1,87 @@
+"""The loop's own parts, against diffusers and against counting: pictures, guidance, the rows of a call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latentrt.runtime import BackendError, ModelSpec, Pipeline, TensorSpec, guided, to_uint8
+from latentrt.runtime.sampler_loop import Evaluation
+from latentrt.runtime.specs import Array
+
+
+class FakeUnet:
+    """A U-Net that is a plain function of its inputs, and remembers how it was called."""
+
+    backend = "fake"
+
+    def __init__(self, timestep_shape: tuple[int | str, ...] = ("batch",), value: float = 1.0) -> None:
+        self.spec = ModelSpec("unet", (TensorSpec("timestep", "float32", timestep_shape),), ())
+        self.value = value
+        self.calls: list[dict[str, Array]] = []
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        self.calls.append(dict(feeds))
+        context = feeds["encoder_hidden_states"].astype(np.float32).mean((1, 2))
+        return {"out_sample": self.value * feeds["sample"].astype(np.float32) * context[:, None, None, None]}
+
+
+def evaluation(rows: int = 2) -> Evaluation:
+    sample = np.random.default_rng(0).standard_normal((rows, 4, 2, 2)).astype(np.float32)
+    return Evaluation(sample=sample, sigma=1.0, timestep=500.0, step_index=3, latents=sample)
+
+
+def embeddings(value: float, rows: int = 2) -> np.ndarray:
+    return np.full((rows, 77, 8), value, dtype=np.float32)
+
+
+def test_pictures_are_rounded_as_diffusers_rounds_them() -> None:
+    import torch
+    from diffusers.image_processor import VaeImageProcessor
+
+    sample = np.random.default_rng(1).uniform(-1.3, 1.3, (2, 3, 64, 64)).astype(np.float32)
+    unit = VaeImageProcessor().postprocess(torch.from_numpy(sample), output_type="np")
+    np.testing.assert_array_equal(to_uint8(sample), (unit * 255).round().astype(np.uint8))
+
+
+def test_guidance_is_its_formula_in_one_call_of_2b_rows() -> None:
+    unet, asked = FakeUnet(), evaluation()
+    found = guided(unet, embeddings(3.0), embeddings(1.0), 5.0)(asked)
+    np.testing.assert_allclose(found, asked.sample * (1.0 + 5.0 * (3.0 - 1.0)), rtol=1e-6)
+    assert len(unet.calls) == 1
+    assert unet.calls[0]["sample"].shape[0] == 4
+    np.testing.assert_array_equal(unet.calls[0]["timestep"], np.full(4, 500.0))
+
+
+def test_without_guidance_a_call_has_b_rows() -> None:
+    unet, asked = FakeUnet(), evaluation()
+    found = guided(unet, embeddings(3.0), None, 5.0)(asked)
+    np.testing.assert_allclose(found, asked.sample * 3.0, rtol=1e-6)
+    assert unet.calls[0]["sample"].shape[0] == 2
+
+
+@pytest.mark.parametrize(("guidance", "rows"), [(0.0, 1), (1.0, 1), (1.01, 2), (7.5, 2)])
+def test_guidance_of_1_and_below_is_off(shapes_bundle: Path, guidance: float, rows: int) -> None:
+    """It costs half, and the picture is the same: only the rows tell."""
+    unet = FakeUnet(value=0.01)
+    pipe = dataclasses.replace(Pipeline.load(shapes_bundle), unet=unet)
+    pipe("a red circle", sampler="Euler", steps=2, guidance=guidance)
+    assert {call["sample"].shape[0] for call in unet.calls} == {rows}
+
+
+@pytest.mark.parametrize(("shape", "wanted"), [((), ()), ((1,), (1,)), (("batch",), (2,))])
+def test_the_timestep_has_the_graphs_shape(shape: tuple[int | str, ...], wanted: tuple[int, ...]) -> None:
+    """optimum exports a scalar."""
+    unet = FakeUnet(shape)
+    guided(unet, embeddings(1.0), None, 1.0)(evaluation())
+    assert unet.calls[0]["timestep"].shape == wanted
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_stops_the_run(value: float) -> None:
+    with pytest.raises(BackendError, match="step 3"):
+        guided(FakeUnet(value=value), embeddings(1.0), None, 1.0)(evaluation())
