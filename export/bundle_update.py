@@ -13,12 +13,17 @@ from latentrt.runtime.bundle import COMPONENTS
 from latentrt.runtime.manifest import Artifact, FileRecord, Manifest, record_of
 
 from .checkpoint import COPIED, Checkpoint
-from .export_plan import SOURCE_FOLDER, tool_versions
+from .export_plan import tool_versions
 from .staging import commit
 
 
 def update_bundle(
-    checkpoint: Checkpoint, bundle: Path, folder: Path, artifacts: Sequence[Artifact], options: Mapping[str, Any]
+    checkpoint: Checkpoint,
+    bundle: Path,
+    folder: Path,
+    artifacts: Sequence[Artifact],
+    options: Mapping[str, Any],
+    sources: Mapping[str, Mapping[str, str]],
 ) -> Manifest:
     """Move staged graphs and the checkpoint's configs into the bundle.
 
@@ -29,6 +34,7 @@ def update_bundle(
         folder: where the artifacts' files were made.
         artifacts: what was exported; may be none.
         options: of the export.
+        sources: hashes of the checkpoint's files by component, as the plan took them.
 
     Returns:
         The new manifest.
@@ -42,7 +48,6 @@ def update_bundle(
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copy)
         staged[name] = copy, record_of(copy)
-    sources = {component: checkpoint.hashes(folder_name) for component, folder_name in SOURCE_FOLDER.items()}
 
     def change(before: Manifest | None) -> Manifest:
         replaced = {(a.component, a.precision) for a in artifacts}

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latentrt.runtime.engine_sidecar import EngineTensor
 from latentrt.runtime.errors import ArtifactError, BackendError, BuildError
+from latentrt.runtime.specs import TensorSpec
 
 FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
 
@@ -41,7 +41,7 @@ def load_graph(path: Path) -> Any:
         raise ArtifactError(f"{path}: expected an ONNX graph, got {err}. Export the component again.") from err
 
 
-def graph_tensors(values: Any) -> tuple[EngineTensor, ...]:
+def graph_tensors(values: Any) -> tuple[TensorSpec, ...]:
     """Names, types and shapes of a graph's inputs or outputs."""
     onnx = import_onnx()
     tensors = []
@@ -49,7 +49,7 @@ def graph_tensors(values: Any) -> tuple[EngineTensor, ...]:
         kind = value.type.tensor_type
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
         shape = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in kind.shape.dim)
-        tensors.append(EngineTensor(name=value.name, dtype=dtype, shape=shape))
+        tensors.append(TensorSpec(name=value.name, dtype=dtype, shape=shape))
     return tuple(tensors)
 
 

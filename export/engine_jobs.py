@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.runtime.bundle import Bundle, open_bundle
-from latentrt.runtime.engine_sidecar import EngineSidecar, EngineTensor, ShapeProfile
+from latentrt.runtime.engine_sidecar import EngineSidecar, ShapeProfile
 from latentrt.runtime.errors import UsageError
+from latentrt.runtime.latents import vae_factor
 from latentrt.runtime.machine import Machine, probe_machine
 from latentrt.runtime.manifest import Manifest, check_files, key_of, load_manifest
+from latentrt.runtime.specs import TensorSpec
 
 from .engine_builder import VERBOSITY, BuiltEngine, build_engine
 from .engine_graph import check_types, graph_tensors, load_graph
 from .engine_log import Progress
 from .engine_memory import tensor_bytes
-from .engine_profiles import ShapeRequest, largest_sizes, parse_range, parse_sizes, profile_of, vae_factor
+from .engine_profiles import ShapeRequest, largest_sizes, parse_range, parse_sizes, profile_of
 from .engine_store import engine_path, graph_hashes, reusable, store_engine, why_rebuilt
 from .engine_targets import Targets, choose_flavour, parse_targets, resolve_current
 
@@ -89,8 +91,8 @@ class _Job:
     component: str
     targets: Targets
     graph: Path
-    inputs: tuple[EngineTensor, ...]
-    outputs: tuple[EngineTensor, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     profiles: Mapping[str, ShapeProfile]
     made_from: Mapping[str, Any]
 

@@ -6,14 +6,15 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from latentrt.runtime.engine_sidecar import EngineSidecar, EngineTensor, ShapeProfile
+from latentrt.runtime.engine_sidecar import EngineSidecar, ShapeProfile
+from latentrt.runtime.specs import TensorSpec
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 
 
 def tensor_bytes(
-    inputs: Sequence[EngineTensor],
-    outputs: Sequence[EngineTensor],
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
     profiles: Mapping[str, ShapeProfile],
     largest: Mapping[str, int],
 ) -> int | None:

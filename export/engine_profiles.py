@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from latentrt.runtime.engine_sidecar import EngineTensor, ShapeProfile
-from latentrt.runtime.errors import BuildError, ConfigError, UsageError
+from latentrt.runtime.engine_sidecar import ShapeProfile
+from latentrt.runtime.errors import BuildError, UsageError
+from latentrt.runtime.specs import TensorSpec
 
 TEXT_LENGTH = 77
 
@@ -95,20 +95,8 @@ def parse_sizes(text: str, *, factor: int, native: int | None = None) -> tuple[R
     return axes[0], axes[1]
 
 
-def vae_factor(config: Mapping[str, Any]) -> int:
-    """Pixels per latent along each side: the VAE halves the picture between consecutive blocks.
-
-    Raises:
-        ConfigError: the config names no blocks.
-    """
-    blocks = config.get("block_out_channels")
-    if not isinstance(blocks, Sequence) or not blocks:
-        raise ConfigError(f"vae config: expected block_out_channels, got {blocks!r}. Export the checkpoint again.")
-    return int(2 ** (len(blocks) - 1))
-
-
 def profile_of(
-    component: str, inputs: Sequence[EngineTensor], request: ShapeRequest, *, factor: int
+    component: str, inputs: Sequence[TensorSpec], request: ShapeRequest, *, factor: int
 ) -> dict[str, ShapeProfile]:
     """The shapes of every input of a component.
 
@@ -151,7 +139,7 @@ def largest_sizes(request: ShapeRequest, factor: int) -> dict[str, int]:
     return {"height": height, "width": width, "latent_height": height // factor, "latent_width": width // factor}
 
 
-def _profile(component: str, tensor: EngineTensor, ranges: Sequence[Range]) -> ShapeProfile:
+def _profile(component: str, tensor: TensorSpec, ranges: Sequence[Range]) -> ShapeProfile:
     channel_axis = 1 if len(tensor.shape) == 4 else 2
     shapes: list[Range] = []
     left = list(ranges)

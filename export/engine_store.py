@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,12 @@ from latentrt.runtime.engine_sidecar import EngineSidecar, read_sidecar, sidecar
 from latentrt.runtime.errors import ArtifactError, BuildError
 from latentrt.runtime.manifest import (
     EngineRecord,
-    FileRecord,
     Manifest,
     changed_inputs,
     problem_of,
     update_manifest,
+    write_scratch,
 )
-
-_CHUNK = 1 << 24
 
 
 def engine_path(component: str, key: str) -> str:
@@ -63,33 +59,6 @@ def _sidecars(bundle: Path, manifest: Manifest, component: str) -> list[tuple[En
     return found
 
 
-def write_scratch(final: Path, data: memoryview | bytes) -> tuple[Path, FileRecord]:
-    """Write data under a temporary name beside its final one, hashed on the way.
-
-    Raises:
-        OSError: naming the file, such as for a full disk; nothing is left behind.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    scratch = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
-    digest = hashlib.sha256()
-    view = memoryview(data).cast("B")
-    try:
-        with scratch.open("xb") as stream:
-            for start in range(0, len(view), _CHUNK):
-                piece = view[start : start + _CHUNK]
-                stream.write(piece)
-                digest.update(piece)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as err:
-        scratch.unlink(missing_ok=True)
-        raise OSError(err.errno, err.strerror, str(final)) from err
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-    return scratch, FileRecord(sha256=digest.hexdigest(), size=len(view))
-
-
 def store_engine(bundle: Path, sidecar: EngineSidecar, plan: memoryview | bytes) -> tuple[EngineSidecar, list[str]]:
     """Put an engine and its sidecar into the bundle, and drop engines of the same component made from an older graph.
 
@@ -107,6 +76,7 @@ def store_engine(bundle: Path, sidecar: EngineSidecar, plan: memoryview | bytes)
     side_path = str(Path(path).with_suffix(".json").as_posix())
     scratches: list[Path] = []
     dropped: list[EngineRecord] = []
+    (bundle / path).parent.mkdir(parents=True, exist_ok=True)
     try:
         engine_scratch, engine_file = write_scratch(bundle / path, plan)
         scratches.append(engine_scratch)

@@ -93,7 +93,10 @@ def export_checkpoint(
         if any(plan.reason for plan in planned):
             built = _build(checkpoint, bundle, manifest, planned, options, folder, report)
         report("moving the graphs into place")
-        final = update_bundle(checkpoint, bundle, folder, [artifact for artifact, _ in built.values()], options)
+        # The plan's hashes: reading gigabytes of weights again would tell nothing new.
+        sources = {plan.component: plan.inputs["source"] for plan in planned}
+        artifacts = [artifact for artifact, _ in built.values()]
+        final = update_bundle(checkpoint, bundle, folder, artifacts, options, sources)
     return [_line(bundle, final, plan, built.get((plan.component, plan.precision))) for plan in planned]
 
 

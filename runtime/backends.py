@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from .bundle import Bundle
 from .errors import BackendError, UsageError
 from .session import OnnxSession
@@ -30,6 +32,7 @@ def open_session(bundle: Bundle, component: str, precision: str, *, backend: str
     return OnnxSession(path)
 
 
+@cache
 def _cuda_usable() -> bool:
     from .machine import probe_machine
     from .session import import_onnxruntime

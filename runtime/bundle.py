@@ -14,7 +14,8 @@ from typing import Any
 from .errors import ArtifactError, UsageError
 from .manifest import MANIFEST, Manifest, check_files, load_manifest
 
-COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+TEXT_TO_IMAGE = ("text_encoder", "unet", "vae_decoder")
+COMPONENTS = (*TEXT_TO_IMAGE, "vae_encoder")
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class Bundle:
         if self.manifest is None:
             return ["unknown"]
         held = [
-            {a.precision for a in self.manifest.artifacts if a.component == component}
-            for component in ("text_encoder", "unet", "vae_decoder")
+            {a.precision for a in self.manifest.artifacts if a.component == component} for component in TEXT_TO_IMAGE
         ]
         order = {"fp32": 0, "fp16": 1}
         return sorted(set.intersection(*held), key=lambda p: (order.get(p, 2), p))

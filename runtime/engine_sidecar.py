@@ -15,6 +15,7 @@ from typing import Any
 
 from .errors import ArtifactError
 from .machine import Machine
+from .specs import TensorSpec
 from .trt_flavour import DATA_CENTRE_SMS, install_command
 
 SIDECAR_VERSION = 1
@@ -28,15 +29,6 @@ class ShapeProfile:
     min: tuple[int, ...]
     opt: tuple[int, ...]
     max: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class EngineTensor:
-    """An input or output. `dtype` is NumPy's name; `shape` holds sizes, and names where a dimension is dynamic."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -94,8 +86,8 @@ class EngineSidecar:
     onnx: Mapping[str, str]
     flags: tuple[str, ...]
     profiles: Mapping[str, ShapeProfile]
-    inputs: tuple[EngineTensor, ...]
-    outputs: tuple[EngineTensor, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     precisions: PrecisionReadout
     build_seconds: float
     engine_bytes: int
@@ -139,8 +131,8 @@ def read_sidecar(path: Path) -> EngineSidecar:
 
 
 def _decode(content: dict[str, Any]) -> EngineSidecar:
-    def tensors(items: list[dict[str, Any]]) -> tuple[EngineTensor, ...]:
-        return tuple(EngineTensor(**{**item, "shape": tuple(item["shape"])}) for item in items)
+    def tensors(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(**{**item, "shape": tuple(item["shape"])}) for item in items)
 
     profiles = {
         name: ShapeProfile(**{bound: tuple(shape) for bound, shape in profile.items()})

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import UsageError
+from .errors import ConfigError, UsageError
 from .image import Pictures, to_uint8
 from .specs import Session
+
+
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """Pixels per latent along each side: the VAE halves the picture between consecutive blocks.
+
+    Raises:
+        ConfigError: the config names no blocks.
+    """
+    blocks = config.get("block_out_channels")
+    if not isinstance(blocks, Sequence) or not blocks:
+        raise ConfigError(f"vae config: expected block_out_channels, got {blocks!r}. Export the checkpoint again.")
+    return int(2 ** (len(blocks) - 1))
 
 
 def latent_shape(batch: int, height: int, width: int, *, channels: int, factor: int) -> tuple[int, int, int, int]:

@@ -23,6 +23,7 @@ from .errors import ArtifactError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -134,17 +135,43 @@ def changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return changed
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves the old content or the new, and a reader sees one of them."""
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+def write_scratch(final: Path, data: memoryview | bytes) -> tuple[Path, FileRecord]:
+    """Write data under a temporary name beside its final one, hashed on the way.
+
+    Raises:
+        OSError: naming the file, such as for a full disk; nothing is left behind.
+    """
+    scratch = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
+    digest = hashlib.sha256()
+    view = memoryview(data).cast("B")
     try:
-        with scratch.open("wb") as stream:
-            stream.write(data)
+        with scratch.open("xb") as stream:
+            for start in range(0, len(view), _CHUNK):
+                piece = view[start : start + _CHUNK]
+                stream.write(piece)
+                digest.update(piece)
             stream.flush()
             os.fsync(stream.fileno())
+    except BaseException as err:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        if isinstance(err, OSError):
+            # The scratch file's name would mean nothing to the reader of the message.
+            raise OSError(err.errno, err.strerror, str(final)) from err
+        raise
+    return scratch, FileRecord(sha256=digest.hexdigest(), size=len(view))
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves the old content or the new, and a reader sees one of them.
+
+    Raises:
+        OSError: naming the file, such as for a full disk; nothing is left behind.
+    """
+    scratch, _ = write_scratch(path, data)
+    try:
         os.replace(scratch, path)
     except OSError as err:
-        # The scratch file's name would mean nothing to the reader of the message.
         raise OSError(err.errno, err.strerror, str(path)) from err
     finally:
         with contextlib.suppress(OSError):

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends import open_session
-from .bundle import Bundle, open_bundle, pipeline_files
+from .bundle import TEXT_TO_IMAGE, Bundle, open_bundle, pipeline_files
 from .denoise import denoise, guided
 from .errors import UsageError
 from .image import Pictures
-from .latents import decode_latents, latent_shape
+from .latents import decode_latents, latent_shape, vae_factor
 from .noise_schedule import NoiseSchedule
 from .prompt import encode_prompt
 from .sampler_loop import StepResult
@@ -24,8 +24,6 @@ from .sampling_plan import SamplingPlan, plan_sampling, start_sampler
 from .specs import Session
 from .tokenizer import ClipTokenizer, load_tokenizer
 from .torch_rng import batch_noise
-
-_COMPONENTS = ("text_encoder", "unet", "vae_decoder")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +81,11 @@ class Pipeline:
         bundle = open_bundle(Path(path))
         precision = _precision_of(bundle, precision)
         if verify and bundle.manifest is not None:
-            bundle.check(pipeline_files(bundle, precision, _COMPONENTS))
+            bundle.check(pipeline_files(bundle, precision, TEXT_TO_IMAGE))
         unet, vae = bundle.config("unet/config.json"), bundle.config("vae_decoder/config.json")
         scheduler = bundle.config("scheduler/scheduler_config.json")
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        sessions = [open_session(bundle, component, precision, backend=backend) for component in _COMPONENTS]
+        factor = vae_factor(vae)
+        sessions = [open_session(bundle, component, precision, backend=backend) for component in TEXT_TO_IMAGE]
         return cls(
             name=bundle.manifest.name if bundle.manifest else bundle.path.name,
             precision=precision,

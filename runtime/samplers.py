@@ -18,25 +18,8 @@ import numpy.typing as npt
 from .errors import UsageError
 from .noise_schedule import PredictionType
 from .parametrisation import Array, alpha_sigma, from_denoised, to_denoised
-from .sampler_loop import Evaluation, Sampler, StepResult, drive, with_model
+from .sampler_loop import Evaluation, Sampler
 from .steps import Step, Steps
-
-# The solvers, and what is needed to write and run one.
-__all__ = [
-    "Array",
-    "Evaluation",
-    "NoiseSource",
-    "Sampler",
-    "StepResult",
-    "ancestral_step",
-    "ddim",
-    "dpmpp_2m",
-    "drive",
-    "euler",
-    "euler_ancestral",
-    "plms",
-    "with_model",
-]
 
 NoiseSource: TypeAlias = Callable[[tuple[int, ...]], npt.NDArray[Any]]
 """Draws standard normal numbers of the given shape, as `torch_rng.batch_noise` does."""

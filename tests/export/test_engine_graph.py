@@ -8,8 +8,8 @@ from engine_bundle import unet_graph
 from onnx import TensorProto, helper
 
 from latentrt.export.engine_graph import check_types, graph_tensors, load_graph, mixed_types
-from latentrt.runtime.engine_sidecar import EngineTensor
 from latentrt.runtime.errors import ArtifactError, BuildError
+from latentrt.runtime.specs import TensorSpec
 
 
 def test_a_graph_of_one_type_passes() -> None:
@@ -37,9 +37,7 @@ def test_a_concat_of_half_and_float_is_named_and_operators_that_may_mix_are_not(
 
 
 def test_tensors_keep_names_of_dynamic_sizes() -> None:
-    assert graph_tensors(unet_graph().graph.input)[2] == EngineTensor(
-        "encoder_hidden_states", "float32", ("b", "n", 64)
-    )
+    assert graph_tensors(unet_graph().graph.input)[2] == TensorSpec("encoder_hidden_states", "float32", ("b", "n", 64))
 
 
 def test_a_truncated_graph_is_an_artifact_error(tmp_path: Path) -> None:

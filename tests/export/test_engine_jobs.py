@@ -24,7 +24,7 @@ from latentrt.export.engine_memory import planned_vram
 from latentrt.runtime.engine_sidecar import ShapeProfile, read_sidecar
 from latentrt.runtime.errors import ArtifactError, BuildError, UsageError
 from latentrt.runtime.machine import Machine, probe_machine
-from latentrt.runtime.manifest import check_files, load_manifest, sha256_of, update_manifest
+from latentrt.runtime.manifest import check_files, load_manifest, sha256_of, update_manifest, write_scratch
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'latentrt[tensorrt-rtx]'")
 
@@ -212,14 +212,14 @@ def test_a_failure_while_the_manifest_is_written_leaves_no_engine_named(
 
 
 def test_a_graph_exported_during_the_build_is_noticed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = engine_store.write_scratch
+    original = write_scratch
 
     def export_meanwhile(final: Path, data: Any) -> Any:
         if final.suffix == ".engine":
             update_manifest(bundle, lambda manifest: put_graph(bundle, "unet", "fp16", unet_graph(seed=2), manifest))
         return original(final, data)
 
-    monkeypatch.setattr(engine_store, "write_scratch", export_meanwhile)
+    monkeypatch.setattr("latentrt.export.engine_store.write_scratch", export_meanwhile)
     with pytest.raises(BuildError, match="got one exported since"):
         build(bundle)
     assert engine_files(bundle) == []

@@ -9,14 +9,15 @@ from latentrt.export.engine_profiles import (
     parse_range,
     parse_sizes,
     profile_of,
-    vae_factor,
 )
-from latentrt.runtime.engine_sidecar import EngineTensor, ShapeProfile
+from latentrt.runtime.engine_sidecar import ShapeProfile
 from latentrt.runtime.errors import BuildError, ConfigError, UsageError
+from latentrt.runtime.latents import vae_factor
+from latentrt.runtime.specs import TensorSpec
 
-SAMPLE = EngineTensor("sample", "float32", ("b", 4, "h", "w"))
-TIMESTEP = EngineTensor("timestep", "float32", ("b",))
-TEXT = EngineTensor("encoder_hidden_states", "float32", ("b", "n", 64))
+SAMPLE = TensorSpec("sample", "float32", ("b", 4, "h", "w"))
+TIMESTEP = TensorSpec("timestep", "float32", ("b",))
+TEXT = TensorSpec("encoder_hidden_states", "float32", ("b", "n", 64))
 REQUEST = ShapeRequest(Range(1, 4, 8), Range(64, 128, 256), Range(64, 192, 512), text_chunks=Range(1, 1, 3))
 
 
@@ -89,8 +90,8 @@ def test_unet_rows_are_images_without_guidance_up_to_twice_the_images_with_it() 
 def test_sdxl_conditions_have_rows_and_fixed_features() -> None:
     inputs = (
         SAMPLE,
-        EngineTensor("text_embeds", "float32", ("b", 1280)),
-        EngineTensor("time_ids", "float32", ("b", 6)),
+        TensorSpec("text_embeds", "float32", ("b", 1280)),
+        TensorSpec("time_ids", "float32", ("b", 6)),
     )
     profiles = profile_of("unet", inputs, REQUEST, factor=8)
     assert profiles["text_embeds"] == ShapeProfile((1, 1280), (8, 1280), (16, 1280))
@@ -100,35 +101,35 @@ def test_sdxl_conditions_have_rows_and_fixed_features() -> None:
 @pytest.mark.parametrize(
     ("component", "tensor", "expected"),
     [
-        ("text_encoder", EngineTensor("input_ids", "int64", ("b", "n")), ((1, 77), (8, 77), (48, 77))),
-        ("text_encoder", EngineTensor("input_ids", "int64", ("b", 77)), ((1, 77), (8, 77), (48, 77))),
+        ("text_encoder", TensorSpec("input_ids", "int64", ("b", "n")), ((1, 77), (8, 77), (48, 77))),
+        ("text_encoder", TensorSpec("input_ids", "int64", ("b", 77)), ((1, 77), (8, 77), (48, 77))),
         (
             "vae_decoder",
-            EngineTensor("latent_sample", "float32", ("b", 4, "h", "w")),
+            TensorSpec("latent_sample", "float32", ("b", 4, "h", "w")),
             ((1, 4, 8, 8), (4, 4, 16, 24), (8, 4, 32, 64)),
         ),
         (
             "vae_encoder",
-            EngineTensor("sample", "float32", ("b", 3, "h", "w")),
+            TensorSpec("sample", "float32", ("b", 3, "h", "w")),
             ((1, 3, 64, 64), (4, 3, 128, 192), (8, 3, 256, 512)),
         ),
     ],
 )
 def test_profiles_of_the_other_components(
-    component: str, tensor: EngineTensor, expected: tuple[tuple[int, ...], ...]
+    component: str, tensor: TensorSpec, expected: tuple[tuple[int, ...], ...]
 ) -> None:
     assert profile_of(component, (tensor,), REQUEST, factor=8) == {tensor.name: ShapeProfile(*expected)}
 
 
 def test_a_graph_with_a_fixed_size_refuses_a_range() -> None:
-    fixed = EngineTensor("sample", "float32", ("b", 4, 16, 16))
+    fixed = TensorSpec("sample", "float32", ("b", 4, 16, 16))
     with pytest.raises(UsageError, match=r"unet\.sample: expected sizes 8\.\.32 on axis 2, and the graph fixes 16"):
         profile_of("unet", (fixed,), REQUEST, factor=8)
 
 
 def test_an_input_that_no_rule_knows_is_named() -> None:
     with pytest.raises(BuildError, match=r"unet\.residual: .* axis 2"):
-        profile_of("unet", (EngineTensor("residual", "float32", ("b", 320, "h", "w")),), REQUEST, factor=8)
+        profile_of("unet", (TensorSpec("residual", "float32", ("b", 320, "h", "w")),), REQUEST, factor=8)
 
 
 @pytest.mark.parametrize(("blocks", "factor"), [([1], 1), ([1, 2], 2), ([1, 2, 3, 4], 8)])
@@ -142,11 +143,11 @@ def test_a_vae_without_blocks_is_a_config_error() -> None:
 
 
 def test_tensor_bytes_follow_names_and_multiples_of_them() -> None:
-    latent = EngineTensor("latent_sample", "float32", ("b", 4, "h", "w"))
-    picture = EngineTensor("sample", "uint8", ("b", "8*h", "8*w", 3))
+    latent = TensorSpec("latent_sample", "float32", ("b", 4, "h", "w"))
+    picture = TensorSpec("sample", "uint8", ("b", "8*h", "8*w", 3))
     profiles = {"latent_sample": ShapeProfile((1, 4, 8, 8), (1, 4, 8, 8), (2, 4, 8, 16))}
     assert tensor_bytes((latent,), (picture,), profiles, {}) == 2 * 4 * 8 * 16 * 4 + 2 * 64 * 128 * 3
-    unknown = EngineTensor("sample", "uint8", ("b", "8*h + 1", "8*w", 3))
+    unknown = TensorSpec("sample", "uint8", ("b", "8*h + 1", "8*w", 3))
     assert tensor_bytes((latent,), (unknown,), profiles, {}) is None
-    named = EngineTensor("sample", "uint8", ("b", "height", "width", 3))
+    named = TensorSpec("sample", "uint8", ("b", "height", "width", 3))
     assert tensor_bytes((latent,), (named,), profiles, {"height": 64, "width": 128}) == 4096 + 49152

@@ -12,7 +12,6 @@ import pytest
 
 from latentrt.runtime.engine_sidecar import (
     EngineSidecar,
-    EngineTensor,
     PrecisionReadout,
     ShapeProfile,
     read_sidecar,
@@ -21,6 +20,7 @@ from latentrt.runtime.engine_sidecar import (
 )
 from latentrt.runtime.errors import ArtifactError
 from latentrt.runtime.machine import Gpu, Machine, Package
+from latentrt.runtime.specs import TensorSpec
 
 SIDECAR = EngineSidecar(
     component="unet",
@@ -35,8 +35,8 @@ SIDECAR = EngineSidecar(
     onnx={"unet/model.fp16.onnx": "cd" * 32},
     flags=("TF32",),
     profiles={"sample": ShapeProfile((1, 4, 8, 8), (2, 4, 16, 16), (16, 4, 32, 32))},
-    inputs=(EngineTensor("sample", "float32", ("b", 4, "h", "w")),),
-    outputs=(EngineTensor("out_sample", "float32", ("b", 4, "h", "w")),),
+    inputs=(TensorSpec("sample", "float32", ("b", 4, "h", "w")),),
+    outputs=(TensorSpec("out_sample", "float32", ("b", 4, "h", "w")),),
     precisions=PrecisionReadout(layers={"Half": 9, "Float": 1}, weights={"Half": 75, "Float": 25}, method="types"),
     build_seconds=12.5,
     engine_bytes=1000,

@@ -104,9 +104,12 @@ def test_reads_what_diffusers_saves(class_name: str, tmp_path: Path) -> None:
     cls = getattr(diffusers, class_name)
     known = cls._get_init_keys(cls)
     options = {"clip_sample": False} if "clip_sample" in known else {}
-    cls(**STABLE_DIFFUSION, **options).save_pretrained(tmp_path)
+    saved = cls(**STABLE_DIFFUSION, **options)
+    saved.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "scheduler_config.json").read_text())
-    NoiseSchedule.from_config(config)
+    schedule = NoiseSchedule.from_config(config)
+    np.testing.assert_array_equal(schedule.alphas_cumprod, saved.alphas_cumprod.numpy().astype(np.float64))
+    assert schedule.prediction_type == saved.config.prediction_type
 
 
 def test_every_option_of_the_supported_classes_is_known() -> None:
