@@ -10,13 +10,15 @@ normal numbers in one of two ways, both followed here (ATen `native/cpu/Distribu
 
 The engine's integers are bit for bit PyTorch's. The normal numbers agree to a few float32 ulps (5e-7 absolute), not
 bit for bit, because PyTorch's own float32 log, sin and cos differ from build to build (AVX2, AVX512, scalar).
+
+A half-precision `torch.randn` gives these numbers rounded, if there is a multiple of 16 of them, as there is of latents
+(PyTorch 2.13; older versions drew half-precision uniforms, from other bits).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,17 @@ from .errors import UsageError
 
 _BLOCK = 16
 _TWO_PI = np.float32(2.0 * math.pi)
+
+
+def checked_seed(seed: int) -> int:
+    """The seed as a plain integer, if `torch.Generator.manual_seed` would take it.
+
+    Raises:
+        UsageError: it is no integer, or not in [-2^63, 2^64).
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not -(2**63) <= seed < 2**64:
+        raise UsageError(f"seed: expected an integer from -2^63 to 2^64 - 1, got {seed!r}. Choose another seed.")
+    return int(seed)
 
 
 class TorchGenerator:
@@ -39,13 +52,20 @@ class TorchGenerator:
 
     def __init__(self, seed: int) -> None:
         """Seed the engine."""
-        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not -(2**63) <= seed < 2**64:
-            raise UsageError(f"seed: expected an integer from -2^63 to 2^64 - 1, got {seed!r}. Choose another seed.")
-        # RandomState seeds MT19937 as Knuth and PyTorch do; the newer MT19937(seed) hashes the seed first.
-        seeded = np.random.RandomState(int(seed) & 0xFFFFFFFF)
         self._engine = np.random.MT19937(0)
-        self._engine.state = cast(Any, seeded.get_state(legacy=False))
         self._kept: float | None = None
+        self.manual_seed(seed)
+
+    def manual_seed(self, seed: int) -> TorchGenerator:
+        """Start again from this seed, far cheaper than a new generator; returns itself, as PyTorch's does.
+
+        Raises:
+            UsageError: if `seed` is no integer or out of range.
+        """
+        # RandomState seeds MT19937 as Knuth and PyTorch do; the newer MT19937(seed) hashes the seed first.
+        np.random.RandomState(self._engine).seed(checked_seed(seed) & 0xFFFFFFFF)
+        self._kept = None
+        return self
 
     def randn(self, shape: Sequence[int]) -> npt.NDArray[np.float32]:
         """The next `torch.randn(shape, generator=self)`: float32 standard normal numbers of this shape."""
@@ -57,7 +77,8 @@ class TorchGenerator:
         return self._engine.random_raw(size)
 
     def _uniform24(self, size: int) -> npt.NDArray[np.float32]:
-        return (self._raw(size) & np.uint64(0xFFFFFF)).astype(np.float32) * np.float32(2.0**-24)
+        low = self._raw(size).astype(np.uint32) & np.uint32(0xFFFFFF)
+        return low.astype(np.float32) * np.float32(2.0**-24)
 
     def _uniform53(self) -> float:
         high, low = (int(value) for value in self._raw(2))
@@ -100,19 +121,7 @@ def torch_randn(shape: Sequence[int], seed: int) -> npt.NDArray[np.float32]:
 
 
 def batch_noise(seed: int, batch_size: int) -> Callable[[tuple[int, ...]], npt.NDArray[np.float32]]:
-    """Noise for a batch whose image i has a generator of its own, seeded with `seed + i`.
+    """`noise.batch_noise`, which took this function's place: import it from there."""
+    from . import noise
 
-    An image is then the same whatever batch it is drawn in. Every call draws on: the first gives the initial latents,
-    the next ones what a stochastic sampler adds, in the order in which diffusers draws with a list of generators.
-
-    Raises:
-        UsageError: if a seed is out of range; by the returned function, if a shape's rows are not `batch_size`.
-    """
-    generators = [TorchGenerator(seed + i) for i in range(batch_size)]
-
-    def draw(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        if not shape or shape[0] != batch_size:
-            raise UsageError(f"noise: expected a shape of {batch_size} rows, got {shape}. Seed one generator a row.")
-        return np.concatenate([generator.randn((1, *shape[1:])) for generator in generators])
-
-    return draw
+    return noise.batch_noise(seed, batch_size)
