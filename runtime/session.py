@@ -77,13 +77,21 @@ class OnnxSession:
         path: the .onnx file; external data is found beside it.
         providers: execution providers, first choice first; default the CPU's.
         threads: intra-op threads; 0 lets ONNX Runtime choose.
+        model: the graph's bytes, if not those of the file, as with textual inversions added.
 
     Raises:
         BackendError: onnxruntime is missing or does not offer a provider that was asked for.
         ArtifactError: the file is not a graph that ONNX Runtime can load.
     """
 
-    def __init__(self, path: Path, *, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        threads: int = 0,
+        model: bytes | None = None,
+    ) -> None:
         ort = import_onnxruntime()
         offered = ort.get_available_providers()
         if missing := [name for name in providers if name not in offered]:
@@ -91,8 +99,11 @@ class OnnxSession:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
+        if model is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=list(providers))
+            source = str(path) if model is None else model
+            self._session = ort.InferenceSession(source, options, providers=list(providers))
         except Exception as err:
             raise ArtifactError(
                 f"{path}: expected an ONNX graph that ONNX Runtime loads, got: {err}. Export it again."
@@ -108,6 +119,11 @@ class OnnxSession:
     def spec(self) -> ModelSpec:
         """Inputs and outputs, as the graph declares them."""
         return self._spec
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """The execution providers that run it, first choice first."""
+        return tuple(self._session.get_providers())
 
     @property
     def backend(self) -> str:

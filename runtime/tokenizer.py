@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import BPE
 
 from .bundle import read_config
 from .errors import ArtifactError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # The word pattern of CLIP's original tokenizer (Radford et al. 2021): contractions, words, digits, the rest.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -45,7 +47,7 @@ class ClipTokenizer:
             PromptTruncatedWarning: a prompt has more than 75 tokens.
         """
         rows = np.full((len(prompts), self.length), self.pad, dtype=np.int64)
-        room = self.length - 2
+        room = self.room
         for row, prompt in zip(rows, prompts, strict=True):
             encoding = self.tokenizer.encode(prompt, add_special_tokens=False)
             ids = encoding.ids
@@ -60,9 +62,53 @@ class ClipTokenizer:
             row[: len(ids) + 2] = [self.bos, *ids, self.eos]
         return rows
 
+    @property
+    def room(self) -> int:
+        """Tokens of text in a row: all but BOS and EOS, 75 in CLIP."""
+        return self.length - 2
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text of any length, unframed."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def with_tokens(self, texts: Sequence[str]) -> ClipTokenizer:
+        """A copy that takes each of these texts for one token, wherever it stands; itself if there are none."""
+        if not texts:
+            return self
+        from tokenizers import AddedToken, Tokenizer
+
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        tokenizer.add_tokens([AddedToken(text, normalized=True) for text in texts])
+        return replace(self, tokenizer=tokenizer)
+
+    @cached_property
+    def comma(self) -> int | None:
+        """The id of a comma that ends a word; None where the vocabulary has none."""
+        found = self.tokenizer.token_to_id(",</w>")
+        return None if found is None else int(found)
+
+    @cached_property
+    def multi_vector_words(self) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """Added tokens that stand for several: `tok` for `tok tok_1 tok_2`, as diffusers' textual inversion adds them.
+
+        From the ids of what is written to the ids of what is meant. The whole sequence stands for itself.
+        """
+        added = {str(token.content): int(index) for index, token in self.tokenizer.get_added_tokens_decoder().items()}
+        words = {}
+        for content, first in added.items():
+            ids = [first]
+            while (following := added.get(f"{content}_{len(ids)}")) is not None:
+                ids.append(following)
+            if len(ids) > 1:
+                words[(first,)] = words[tuple(ids)] = tuple(ids)
+        return words
+
 
 def _from_vocabulary(vocabulary: Path, merges: Path) -> Tokenizer:
     """The byte-level BPE that transformers' CLIPTokenizerFast builds from the two files."""
+    from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+
     model = BPE.from_file(str(vocabulary), str(merges), end_of_word_suffix="</w>", unk_token="<|endoftext|>")
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
@@ -84,6 +130,27 @@ def _token_text(value: Any) -> str | None:
     return value.get("content") if isinstance(value, dict) else value
 
 
+def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, str]:
+    """Tokens added to vocab.json later, by id: transformers 4 lists them in a file of their own or in the config."""
+    path = folder / "added_tokens.json"
+    listed = {int(index): str(text) for text, index in (read_config(path) if path.exists() else {}).items()}
+    decoder = config.get("added_tokens_decoder") or {}
+    return {**listed, **{int(index): str(_token_text(token)) for index, token in decoder.items()}}
+
+
+def _add_tokens(tokenizer: Tokenizer, added: dict[int, str], folder: Path) -> None:
+    from tokenizers import AddedToken
+
+    for index, text in sorted(added.items()):
+        if tokenizer.token_to_id(text) is None:
+            tokenizer.add_tokens([AddedToken(text, normalized=True)])
+        if tokenizer.token_to_id(text) != index:
+            raise ArtifactError(
+                f"{folder}: expected the added token {text!r} at {index}, got {tokenizer.token_to_id(text)}. "
+                "Copy the checkpoint's tokenizer folder again."
+            )
+
+
 def load_tokenizer(folder: Path) -> ClipTokenizer:
     """Open a tokenizer folder of a checkpoint or bundle.
 
@@ -91,10 +158,16 @@ def load_tokenizer(folder: Path) -> ClipTokenizer:
         ArtifactError: neither layout is complete, a file is damaged, or a special token is not in the vocabulary.
     """
     whole, vocabulary, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
+    config = read_config(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    extra = folder / "special_tokens_map.json"
+    config = {**(read_config(extra) if extra.exists() else {}), **config}
     try:
         if vocabulary.exists() and merges.exists():
             tokenizer = _from_vocabulary(vocabulary, merges)
+            _add_tokens(tokenizer, _added_tokens(folder, config), folder)
         elif whole.exists():
+            from tokenizers import Tokenizer
+
             tokenizer = Tokenizer.from_file(str(whole))
             tokenizer.no_truncation()
             tokenizer.no_padding()
@@ -107,9 +180,6 @@ def load_tokenizer(folder: Path) -> ClipTokenizer:
         raise
     except Exception as err:  # tokenizers raises bare Exception on damaged files
         raise ArtifactError(f"{folder}: expected CLIP tokenizer files, got {err}. Copy them again.") from err
-    config = read_config(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    extra = folder / "special_tokens_map.json"
-    config = {**(read_config(extra) if extra.exists() else {}), **config}
 
     def id_of(role: str, default: str) -> int:
         text = _token_text(config.get(role)) or default

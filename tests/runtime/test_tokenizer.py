@@ -114,3 +114,53 @@ def test_damaged_folders(tmp_path: Path, damage: str) -> None:
         config.write_text(json.dumps({"pad_token": "<nowhere>"}))
     with pytest.raises(ArtifactError):
         load_tokenizer(folder)
+
+
+ADDED = ["<Cat-Toy>", "<Cat-Toy>_1", "<Cat-Toy>_2", "<single>"]
+WITH_ADDED = ["a <cat-toy>, here", "<Cat-Toy><single>x<Cat-Toy>_1 y", "cat toy <single> (<single>)"]
+
+
+def _layout(folder: Path, version: str, reference: Any) -> None:
+    """A tokenizer with added tokens, as transformers 5 saves it, or in one of transformers 4's two ways."""
+    if version == "5":
+        reference.add_tokens(ADDED)
+        reference.save_pretrained(folder)
+        return
+    shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
+    first = 49408
+    if version == "4 file":
+        (folder / "added_tokens.json").write_text(json.dumps({t: first + i for i, t in enumerate(ADDED)}))
+    else:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        decoder = {str(first + i): {"content": t, "normalized": True} for i, t in enumerate(ADDED)}
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": decoder}))
+
+
+@pytest.mark.parametrize("version", ["5", "4 file", "4 config"])
+def test_added_tokens_are_those_of_transformers(tmp_path: Path, version: str) -> None:
+    from transformers import CLIPTokenizer
+
+    _layout(tmp_path, version, CLIPTokenizer.from_pretrained(FOLDER))
+    reference, tokenizer = CLIPTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    if version != "5":  # transformers 5 no longer reads them
+        reference.add_tokens(ADDED)
+    for text in WITH_ADDED:
+        assert tokenizer.encode(text) == reference(text, add_special_tokens=False).input_ids
+    assert tokenizer.multi_vector_words == {
+        (49408,): (49408, 49409, 49410),
+        (49408, 49409, 49410): (49408, 49409, 49410),
+    }
+
+
+def test_added_tokens_at_other_ids_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER, tmp_path / "t")
+    (tmp_path / "t" / "added_tokens.json").write_text(json.dumps({"<late>": 49500}))
+    with pytest.raises(ArtifactError, match="49500"):
+        load_tokenizer(tmp_path / "t")
+
+
+def test_tokens_added_at_run_time_leave_the_original_alone(ours: ClipTokenizer) -> None:
+    before = ours.encode("a <x>, b")
+    assert ours.with_tokens(["<x>"]).encode("a <x>, b") == [*ours.encode("a"), 49408, *ours.encode(", b")]
+    assert ours.encode("a <x>, b") == before
+    assert ours.with_tokens([]) is ours
