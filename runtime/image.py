@@ -1,41 +1,130 @@
-"""Pictures: decoded samples to uint8, PNG files with their parameters, contact sheets."""
+"""Pictures: decoded samples to uint8, files with their parameters, digests, contact sheets."""
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
+from .errors import BackendError, UsageError
 from .manifest import write_atomic
+from .picture_metadata import exif_block, text_chunks
 from .specs import Array
 
 Pictures = NDArray[np.uint8]
 
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+# Pixels along a side that the file format can count.
+_LONGEST = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383}
 
-def to_uint8(sample: Array) -> Pictures:
-    """Decoded samples (b, 3, h, w) in [-1, 1] to pictures (b, h, w, 3), rounded as diffusers rounds them."""
-    unit = np.clip(sample.astype(np.float32) * np.float32(0.5) + np.float32(0.5), 0, 1)
+
+def to_uint8(sample: Array, *, name: str = "sample") -> Pictures:
+    """Decoded samples (b, 3, h, w) in [-1, 1] to pictures (b, h, w, 3), rounded as diffusers rounds them.
+
+    Args:
+        name: of what decoded them, for the message.
+
+    Raises:
+        BackendError: a value is NaN or infinite. A cast would make it a black or white pixel and nobody the wiser.
+    """
+    floats = sample.astype(np.float32)
+    if not np.isfinite(floats).all():
+        wrong = np.flatnonzero(~np.isfinite(floats).reshape(len(floats), -1).all(axis=1)).tolist()
+        raise BackendError(
+            f"{name}: expected finite numbers, got NaN or infinity in picture {wrong} of {len(floats)}. "
+            "The usual cause is a VAE that overflows in fp16; decode with the VAE in fp32."
+        )
+    unit = np.clip(floats * np.float32(0.5) + np.float32(0.5), 0, 1)
     pictures: Pictures = np.rint(unit.transpose(0, 2, 3, 1) * np.float32(255)).astype(np.uint8)
     return pictures
 
 
-def save_png(path: Path, picture: Pictures, *, parameters: str | None = None) -> None:
-    """Write a picture (h, w, 3) atomically; `parameters` goes into the text chunk that web UIs read.
+def picture_digest(pixels: Pictures) -> str:
+    """SHA-256 of a picture's shape and pixels, in hexadecimal: equal where two pictures are the same to the bit.
 
     Raises:
+        UsageError: the pixels are not uint8.
+    """
+    if pixels.dtype != np.uint8:
+        raise UsageError(f"picture: expected uint8, got {pixels.dtype}. Digest what to_uint8 returns.")
+    shape = ",".join(map(str, pixels.shape))
+    return hashlib.sha256(f"uint8[{shape}]".encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def save_picture(
+    path: Path,
+    picture: Pictures,
+    *,
+    parameters: str | None = None,
+    record: Mapping[str, Any] | None = None,
+    quality: int = 95,
+) -> None:
+    """Write a picture (h, w, 3) atomically, as PNG, JPEG or WebP by its suffix. Equal input gives equal bytes.
+
+    Args:
+        parameters: the text that web UIs write and read; `infotext` makes it.
+        record: a JSON object for machines. `read_metadata` gives both back.
+        quality: of JPEG and of WebP, 1 to 100; PNG is lossless.
+
+    Raises:
+        UsageError: another suffix, not a picture, larger than the format holds, a record that is no JSON, or more
+            metadata than fits into a JPEG.
         OSError: the folder is missing, not writable, or the disk is full.
     """
-    info = PngInfo()
-    if parameters:
-        info.add_itxt("parameters", parameters)
+    from PIL import Image
+
+    form = picture_format(path)
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+        raise UsageError(f"{path}: expected a uint8 picture (h, w, 3), got {picture.dtype} {picture.shape}.")
+    if max(picture.shape) > _LONGEST[form]:
+        raise UsageError(f"{path}: expected at most {_LONGEST[form]} pixels a side in {form}, got {picture.shape}.")
+    if not 1 <= quality <= 100:
+        raise UsageError(f"quality: expected 1 to 100, got {quality}.")
+    options: dict[str, Any]
+    if form == "PNG":
+        options = {"pnginfo": text_chunks(parameters, record)}
+    else:
+        options = {"quality": quality, "exif": exif_block(parameters, record)}
+        if form == "JPEG":
+            _check_segment(path, options["exif"])
+            # Full colour resolution where quality is asked for: halved, it smears the edges of saturated shapes.
+            options["subsampling"] = 0 if quality >= 90 else 2
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", pnginfo=info)
+    Image.fromarray(np.ascontiguousarray(picture)).save(buffer, format=form, **options)
     write_atomic(path, buffer.getvalue())
+
+
+def save_png(path: Path, picture: Pictures, *, parameters: str | None = None) -> None:
+    """`save_picture` for a `.png` path, without a record."""
+    save_picture(path, picture, parameters=parameters)
+
+
+def picture_format(path: Path) -> str:
+    """PNG, JPEG or WEBP, by the suffix.
+
+    Raises:
+        UsageError: another suffix, or none.
+    """
+    form = FORMATS.get(path.suffix.lower())
+    if form is None:
+        raise UsageError(
+            f"{path}: expected a file name ending in {', '.join(FORMATS)}, got {path.suffix or 'no ending'!r}."
+        )
+    return form
+
+
+def _check_segment(path: Path, exif: bytes) -> None:
+    # A JPEG segment counts its own length in 16 bits, the two bytes of that number included.
+    if len(exif) > 65533:
+        raise UsageError(
+            f"{path}: expected at most 65533 bytes of parameters and record in a JPEG, got {len(exif)}. "
+            "Save as .png or .webp."
+        )
 
 
 def contact_sheet(pictures: Sequence[Pictures], *, columns: int, gap: int = 4) -> Pictures:
