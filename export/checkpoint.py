@@ -1,96 +1,164 @@
-"""Opening a diffusers checkpoint: every expected weight present, none unexpected, nothing unpickled."""
+"""Opening a diffusers checkpoint: what it consists of, and whether that can be exported."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentrt.runtime.bundle import read_config
 from latentrt.runtime.errors import ArtifactError, ConfigError
-from latentrt.runtime.manifest import sha256_of
 
-PIPELINES = ("StableDiffusionPipeline",)
+from .checkpoint_parts import Part, checkpoint_config, open_part, open_separate_part
+from .config_checks import check_controlnet, check_taesd, check_unet
+
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionControlNetInpaintPipeline",
+    "LatentConsistencyModelPipeline",
+    "LatentConsistencyModelImg2ImgPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLControlNetPipeline",
+    "StableDiffusionXLControlNetImg2ImgPipeline",
+    "StableDiffusionXLControlNetInpaintPipeline",
+)
 # Component folder -> the class that model_index.json has to name.
-MODELS = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+MODELS = {
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+}
+REQUIRED = ("unet", "vae")
+# What a pipeline runs without.
+OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 # Folders copied into a bundle as they are.
-COPIED = ("scheduler", "tokenizer")
+COPIED = ("scheduler", "tokenizer", "tokenizer_2")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A diffusers folder whose layout and classes were checked; weights are not yet read.
+    """A diffusers folder whose layout, classes and configs were checked; weights are not yet read.
 
     Attributes:
         path: the folder.
         pipeline_class: `_class_name` of model_index.json.
         scheduler_class: the class of the scheduler, by name.
-        weights: component folder -> its safetensors files, relative to the checkpoint.
-        variant: "fp16" where only the `.fp16.safetensors` files exist.
+        parts: the networks by name, those from other folders included.
+        index: model_index.json.
+        left_out: what it holds and a bundle does not take: the safety checker, image encoders.
     """
 
     path: Path
     pipeline_class: str
     scheduler_class: str
-    weights: Mapping[str, tuple[str, ...]]
-    variant: str | None
+    parts: Mapping[str, Part]
+    index: Mapping[str, Any]
+    left_out: tuple[str, ...] = ()
 
-    def hashes(self, folder: str) -> dict[str, str]:
-        """SHA-256 of one component's config and weights, by file name relative to the checkpoint."""
-        names = [f"{folder}/config.json", *self.weights[folder]]
-        return {name: sha256_of(self.path / name) for name in names}
+    @property
+    def components(self) -> dict[str, str]:
+        """Component of the bundle -> the part that it is made from, in the order of a run."""
+        controlnets = [name for name in self.parts if name.startswith("controlnet")]
+        encoders = [name for name in ("text_encoder", "text_encoder_2") if name in self.parts]
+        return {
+            **{name: name for name in (*encoders, "unet")},
+            **({"unet_control": "unet"} if controlnets else {}),
+            **{name: name for name in controlnets},
+            "vae_decoder": "vae",
+            "vae_encoder": "vae",
+            **({"taesd_decoder": "taesd"} if "taesd" in self.parts else {}),
+        }
+
+    def hashes(self, part: str) -> dict[str, str]:
+        """SHA-256 of one part's config and weights, by `<part>/<file>`."""
+        return self.parts[part].hashes()
 
     def copied_files(self) -> dict[str, Path]:
         """Bundle name -> file: what a bundle takes over unchanged. Both VAE halves get the VAE's config."""
         files = {"model_index.json": self.path / "model_index.json"}
         for folder in COPIED:
-            files |= {f"{folder}/{p.name}": p for p in sorted((self.path / folder).iterdir()) if p.is_file()}
-        for component, folder in (
-            ("text_encoder", "text_encoder"),
-            ("unet", "unet"),
-            ("vae_decoder", "vae"),
-            ("vae_encoder", "vae"),
-        ):
-            files[f"{component}/config.json"] = self.path / folder / "config.json"
+            if self.index.get(folder) and (self.path / folder).is_dir():
+                files |= {f"{folder}/{p.name}": p for p in sorted((self.path / folder).iterdir()) if p.is_file()}
+        for component, part in self.components.items():
+            if component != "unet_control":
+                files[f"{component}/config.json"] = self.parts[part].path / "config.json"
         return files
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Check a checkpoint's layout without reading its weights.
+def open_checkpoint(path: Path, *, controlnets: Sequence[Path] = (), taesd: Path | None = None) -> Checkpoint:
+    """Check a checkpoint's layout and configs without reading its weights.
+
+    Args:
+        path: a diffusers folder.
+        controlnets: folders of ControlNets to add to those that the checkpoint holds itself.
+        taesd: the folder of an `AutoencoderTiny` for previews.
 
     Raises:
-        ArtifactError: the folder is missing or no diffusers checkpoint, or a file of it is missing or truncated.
-        ConfigError: its pipeline or a component is of a class that is not supported.
+        ArtifactError: a folder is missing or no diffusers checkpoint, or a file of it is missing or truncated.
+        ConfigError: its pipeline, a component or an option of one is not supported.
     """
+    index = _index_of(path)
+    scheduler = _class_of(index, "scheduler")
+    if scheduler is None:
+        raise ConfigError(f"{path}/scheduler: expected a scheduler class in model_index.json, got none.")
+    checkpoint_config(path / "scheduler/scheduler_config.json")
+    for folder, expected in MODELS.items():
+        found = _class_of(index, folder)
+        if found != expected and (found is not None or folder in REQUIRED):
+            raise ConfigError(f"{path}/{folder}: expected {expected}, got {found}. It is not supported yet.")
+    present = [folder for folder in MODELS if _class_of(index, folder)]
+    if "text_encoder" not in present and "text_encoder_2" not in present:
+        raise ConfigError(f"{path}: expected a text encoder in model_index.json, got none. It is not supported yet.")
+    for folder in present:
+        if folder.startswith("text_encoder"):
+            _check_tokenizer(path / folder.replace("text_encoder", "tokenizer"))
+    parts = {folder: open_part(folder, path / folder, MODELS[folder]) for folder in present}
+    for name, controlnet in _controlnet_folders(path, index, controlnets).items():
+        parts[name] = open_separate_part(name, controlnet, "ControlNetModel")
+    if taesd is not None:
+        parts["taesd"] = open_separate_part("taesd", taesd, "AutoencoderTiny")
+    check_unet(parts)
+    for name, part in parts.items():
+        if name.startswith("controlnet"):
+            check_controlnet(part, parts["unet"], parts["vae"])
+    if "taesd" in parts:
+        check_taesd(parts["taesd"], parts["vae"])
+    return Checkpoint(
+        path=path,
+        pipeline_class=str(index["_class_name"]),
+        scheduler_class=scheduler,
+        parts=parts,
+        index=index,
+        left_out=tuple(name for name in OPTIONAL if _class_of(index, name)),
+    )
+
+
+def _index_of(path: Path) -> dict[str, Any]:
     if not (path / "model_index.json").is_file():
         found = "nothing" if not path.exists() else "a file" if path.is_file() else "no model_index.json in it"
         raise ArtifactError(
             f"{path}: expected a diffusers checkpoint, a folder with model_index.json, found {found}. "
             "Convert a single-file checkpoint first, with diffusers' from_single_file and save_pretrained."
         )
-    index = read_config(path / "model_index.json")
+    index = checkpoint_config(path / "model_index.json")
     name = index.get("_class_name")
     if name not in PIPELINES:
-        raise ConfigError(f"{path}: expected {' or '.join(PIPELINES)}, got {name}. It is not supported yet.")
-    for folder, expected in MODELS.items():
-        if (found_class := _class_of(index, folder)) != expected:
-            raise ConfigError(f"{path}/{folder}: expected {expected}, got {found_class}. It is not supported yet.")
-    scheduler = _class_of(index, "scheduler")
-    if scheduler is None:
-        raise ConfigError(f"{path}/scheduler: expected a scheduler class in model_index.json, got none.")
-    for required in ("scheduler/scheduler_config.json", *(f"{folder}/config.json" for folder in MODELS)):
-        _config(path / required)
-    tokenizer = path / "tokenizer"
-    if not (tokenizer / "tokenizer.json").is_file():
-        for required in ("vocab.json", "merges.txt"):
-            if not (tokenizer / required).is_file():
-                raise ArtifactError(f"{tokenizer / required}: expected a tokenizer file, found none. Copy it again.")
-    found_weights = {folder: _weight_files(path, folder) for folder in MODELS}
-    weights = {folder: names for folder, (names, _) in found_weights.items()}
-    _check_unet(path)
-    variant = next((variant for _, variant in found_weights.values() if variant), None)
-    return Checkpoint(path=path, pipeline_class=str(name), scheduler_class=scheduler, weights=weights, variant=variant)
+        raise ConfigError(f"{path}: expected one of {', '.join(PIPELINES)}, got {name}. It is not supported yet.")
+    known = {*MODELS, *OPTIONAL, *COPIED, "controlnet"}
+    for entry in index:
+        if entry not in known and (found_class := _class_of(index, entry)) is not None:
+            raise ConfigError(
+                f"{path}/{entry}: expected no such component, got {found_class}. It is not supported yet."
+            )
+    return index
 
 
 def _class_of(index: Mapping[str, Any], folder: str) -> str | None:
@@ -98,62 +166,23 @@ def _class_of(index: Mapping[str, Any], folder: str) -> str | None:
     return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
 
 
-def _config(path: Path) -> dict[str, Any]:
-    """A config of the checkpoint; `read_config` speaks of exporting again, which does not help here."""
-    try:
-        return read_config(path)
-    except ArtifactError as err:
-        raise ArtifactError(f"{path}: expected a JSON config of the checkpoint, found none. Copy it again.") from err
+def _controlnet_folders(path: Path, index: Mapping[str, Any], others: Sequence[Path]) -> dict[str, Path]:
+    """Component name -> folder; diffusers saves several as controlnet, controlnet_1 and so on."""
+    folders = []
+    own = _class_of(index, "controlnet")
+    if own == "MultiControlNetModel":
+        folders = [path / "controlnet"]
+        while (following := path / f"controlnet_{len(folders)}").is_dir():
+            folders.append(following)
+    elif own is not None:
+        folders = [path / "controlnet"]
+    names = ["controlnet", *(f"controlnet_{number}" for number in range(2, 2 + len(folders) + len(others)))]
+    return dict(zip(names, [*folders, *others], strict=False))
 
 
-def _check_unet(path: Path) -> None:
-    unet, vae = _config(path / "unet/config.json"), _config(path / "vae/config.json")
-    if unet.get("in_channels") != vae.get("latent_channels"):
-        raise ConfigError(
-            f"{path}/unet: expected as many input channels as the VAE's {vae.get('latent_channels')} latent channels, "
-            f"got {unet.get('in_channels')}. Inpainting and other extended U-Nets are not supported yet."
-        )
-    for option in ("class_embed_type", "addition_embed_type", "num_class_embeds", "time_cond_proj_dim"):
-        if unet.get(option) is not None:
-            raise ConfigError(f"{path}/unet: expected no {option}, got {unet[option]!r}. It is not supported yet.")
-
-
-def _weight_files(path: Path, folder: str) -> tuple[tuple[str, ...], str | None]:
-    """The safetensors files of a component, complete and whole, and their variant."""
-    stem = "model" if folder == "text_encoder" else "diffusion_pytorch_model"
-    for variant in (None, "fp16"):
-        middle = f".{variant}" if variant else ""
-        single = path / folder / f"{stem}{middle}.safetensors"
-        index = path / folder / f"{stem}.safetensors.index{middle}.json"
-        if single.is_file():
-            names: tuple[str, ...] = (single.name,)
-        elif index.is_file():
-            names = tuple(sorted(set(_config(index).get("weight_map", {}).values())))
-        else:
-            continue
-        for name in names:
-            check_safetensors(path / folder / name)
-        return tuple(f"{folder}/{name}" for name in names), variant
-    pickled = sorted(p.name for p in (path / folder).glob("*.bin"))
-    hint = f" {pickled[0]} is a pickle and is not read: save it as safetensors." if pickled else " Copy it again."
-    raise ArtifactError(f"{path / folder / stem}.safetensors: expected the component's weights, found none.{hint}")
-
-
-def check_safetensors(path: Path) -> None:
-    """Check a safetensors file's header against its size.
-
-    Raises:
-        ArtifactError: the file is missing, truncated or something else.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise ArtifactError(f"{path}: expected the component's weights, found none. Copy the file again.")
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError, ValueError) as err:
-        raise ArtifactError(
-            f"{path}: expected a whole safetensors file, got {path.stat().st_size} bytes that are not one ({err}). "
-            "The file is truncated or damaged: copy it again."
-        ) from err
+def _check_tokenizer(folder: Path) -> None:
+    if (folder / "tokenizer.json").is_file():
+        return
+    for required in ("vocab.json", "merges.txt"):
+        if not (folder / required).is_file():
+            raise ArtifactError(f"{folder / required}: expected a tokenizer file, found none. Copy it again.")

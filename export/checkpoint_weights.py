@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -11,6 +12,19 @@ from typing import Any
 from latentrt.runtime.errors import ArtifactError, ConfigError
 
 from .checkpoint import Checkpoint
+from .checkpoint_parts import Part
+
+# Components that a pipeline's constructor asks for and that a checkpoint may lack or a bundle leaves out.
+_ABSENT = (
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+    "add_watermarker",
+)
 
 
 @contextmanager
@@ -32,9 +46,10 @@ def libraries_quiet() -> Iterator[None]:
 
 
 def load_pipeline(checkpoint: Checkpoint) -> Any:
-    """The checkpoint as a diffusers `StableDiffusionPipeline` in float32 on the CPU, in eval mode.
+    """The checkpoint as the diffusers pipeline that draws with all of its U-Net's inputs, in float32 on the CPU.
 
-    The safety checker is left out; nothing is downloaded and nothing is unpickled.
+    The networks are in eval mode. The safety checker, image encoders, ControlNets and TAESD are left out; nothing is
+    downloaded and nothing is unpickled.
 
     Raises:
         ArtifactError: a weight is missing, unexpected or of another shape, or a file cannot be read.
@@ -42,59 +57,94 @@ def load_pipeline(checkpoint: Checkpoint) -> Any:
     """
     with libraries_quiet():
         import diffusers
-        import torch
-        from transformers import CLIPTextModel, CLIPTokenizer
 
-        classes = {
-            "text_encoder": CLIPTextModel,
-            "unet": diffusers.UNet2DConditionModel,
-            "vae": diffusers.AutoencoderKL,
-        }
-        # Sizes that differ come back in the loading info, by name, only from transformers and only on request.
-        options: dict[str, dict[str, Any]] = {
-            "text_encoder": {"dtype": torch.float32, "ignore_mismatched_sizes": True},
-            "unet": {"torch_dtype": torch.float32},
-            "vae": {"torch_dtype": torch.float32},
-        }
-        models = {
-            folder: _load(checkpoint, folder, model_class, options[folder]) for folder, model_class in classes.items()
-        }
         scheduler_class = getattr(diffusers, checkpoint.scheduler_class, None)
         if scheduler_class is None:
             raise ConfigError(
                 f"{checkpoint.path}/scheduler: expected a scheduler of diffusers, got {checkpoint.scheduler_class}."
             )
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(checkpoint.path / "tokenizer", local_files_only=True)
-        except Exception as err:
-            raise ArtifactError(f"{checkpoint.path}/tokenizer: expected a CLIP tokenizer, got: {err}") from err
-        pipeline = diffusers.StableDiffusionPipeline(
-            **models,
-            tokenizer=tokenizer,
-            scheduler=scheduler_class.from_pretrained(checkpoint.path / "scheduler", local_files_only=True),
-            safety_checker=None,
-            feature_extractor=None,
-            image_encoder=None,
-            requires_safety_checker=False,
-        )
+        parts: dict[str, Any] = {name: _load(part) for name, part in checkpoint.parts.items() if not is_extra(name)}
+        for name in [name for name in parts if name.startswith("text_encoder")]:
+            tokenizer = name.replace("text_encoder", "tokenizer")
+            parts[tokenizer] = _load_tokenizer(checkpoint, tokenizer)
+        parts["scheduler"] = scheduler_class.from_pretrained(checkpoint.path / "scheduler", local_files_only=True)
+        pipeline_class = getattr(diffusers, pipeline_that_draws(checkpoint))
+        options = {
+            **dict.fromkeys(_ABSENT),
+            "requires_safety_checker": False,
+            "requires_aesthetics_score": bool(checkpoint.index.get("requires_aesthetics_score", False)),
+            "force_zeros_for_empty_prompt": bool(checkpoint.index.get("force_zeros_for_empty_prompt", True)),
+            **parts,
+        }
+        taken = inspect.signature(pipeline_class.__init__).parameters
+        pipeline = pipeline_class(**{name: value for name, value in options.items() if name in taken})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _load(checkpoint: Checkpoint, folder: str, model_class: Any, options: dict[str, Any]) -> Any:
-    where = checkpoint.path / folder
+def load_extras(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The ControlNets and the TAESD of a checkpoint, by part, in float32 on the CPU, in eval mode.
+
+    Raises:
+        ArtifactError: a weight is missing, unexpected or of another shape, or a file cannot be read.
+    """
+    with libraries_quiet():
+        return {name: _load(part) for name, part in checkpoint.parts.items() if is_extra(name)}
+
+
+def is_extra(part: str) -> bool:
+    """Whether a part stands beside the pipeline: a ControlNet or a TAESD."""
+    return part.startswith(("controlnet", "taesd"))
+
+
+def pipeline_that_draws(checkpoint: Checkpoint) -> str:
+    """The pipeline of diffusers whose calls feed every input of the U-Net, by what the configs say."""
+    unet, latent = checkpoint.parts["unet"].config, int(checkpoint.parts["vae"].config.get("latent_channels") or 4)
+    inpainting = unet["in_channels"] == 2 * latent + 1
+    if unet.get("addition_embed_type") == "text_time":
+        if inpainting:
+            return "StableDiffusionXLInpaintPipeline"
+        refiner = checkpoint.index.get("requires_aesthetics_score") or "text_encoder" not in checkpoint.parts
+        return "StableDiffusionXLImg2ImgPipeline" if refiner else "StableDiffusionXLPipeline"
+    if inpainting:
+        return "StableDiffusionInpaintPipeline"
+    if unet["in_channels"] == 2 * latent:
+        return "StableDiffusionInstructPix2PixPipeline"
+    return "StableDiffusionPipeline"
+
+
+def _load_tokenizer(checkpoint: Checkpoint, folder: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(checkpoint.path / folder, local_files_only=True)
+    except Exception as err:
+        raise ArtifactError(f"{checkpoint.path}/{folder}: expected a CLIP tokenizer, got: {err}") from err
+
+
+def _load(part: Part) -> Any:
+    import diffusers
+    import torch
+    import transformers
+
+    if part.name.startswith("text_encoder"):
+        model_class = getattr(transformers, part.model_class)
+        # Sizes that differ come back in the loading info, by name, only from transformers and only on request.
+        options: dict[str, Any] = {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+    else:
+        model_class, options = getattr(diffusers, part.model_class), {"torch_dtype": torch.float32}
     try:
         model, info = model_class.from_pretrained(
-            where,
+            part.path,
             local_files_only=True,
             use_safetensors=True,
-            variant=checkpoint.variant,
+            variant=part.variant,
             output_loading_info=True,
             **options,
         )
     except Exception as err:
         raise ArtifactError(
-            f"{where}: expected weights that fit its config.json, got: {err}. "
+            f"{part.path}: expected weights that fit its config.json, got: {err}. "
             "The config and the weights belong to different models, or a file is damaged."
         ) from err
     # position_ids is a constant that older releases of transformers saved among the weights.
@@ -106,7 +156,7 @@ def _load(checkpoint: Checkpoint, folder: str, model_class: Any, options: dict[s
     ):
         if keys:
             raise ArtifactError(
-                f"{where}: expected exactly the weights of {model_class.__name__}, got {len(keys)} {problem}: "
+                f"{part.path}: expected exactly the weights of {model_class.__name__}, got {len(keys)} {problem}: "
                 f"{', '.join(keys[:3])}{'…' if len(keys) > 3 else ''}. "
                 "The config and the weights belong to different models, or a file is damaged."
             )

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .checkpoint import open_checkpoint
 from .exporter import Exported, export_checkpoint
 from .opset import DEFAULT_OPSET, OPSETS
 
@@ -22,6 +23,10 @@ def export(
     opset: Annotated[
         int | None, typer.Option(help=f"ONNX opset, {OPSETS[0]} to {OPSETS[-1]}; the default is {DEFAULT_OPSET}.")
     ] = None,
+    controlnet: Annotated[
+        list[Path] | None, typer.Option(help="The folder of a ControlNet to add; may be given again for another.")
+    ] = None,
+    taesd: Annotated[Path | None, typer.Option(help="The folder of a TAESD (AutoencoderTiny) for previews.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Export again what is up to date.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -31,6 +36,8 @@ def export(
         latentrt export examples/shapes -o shapes.bundle
 
         latentrt export examples/shapes -o shapes.bundle --precision fp16 --force
+
+        latentrt export sd15 -o sd15.bundle --controlnet canny --controlnet depth --taesd taesd
     """
     precisions = [name.strip() for name in precision.split(",") if name.strip()]
     console = Console(stderr=True, highlight=False, quiet=as_json)
@@ -43,15 +50,21 @@ def export(
             precisions=precisions,
             opset=opset,
             force=force,
+            controlnets=controlnet or (),
+            taesd=taesd,
             report=lambda message: progress.update(task, description=message),
         )
+    left_out = open_checkpoint(checkpoint).left_out
     if as_json:
-        print(json.dumps({"bundle": str(output), "artifacts": [_as_json(line) for line in exported]}))
+        artifacts = [_as_json(line) for line in exported]
+        print(json.dumps({"bundle": str(output), "artifacts": artifacts, "left_out": left_out}))
         return
     Console(highlight=False).print(_table(exported))
     for line in exported:
         if line.status == "exported" and line.reason not in ("new", "forced"):
             print(f"{line.artifact.component} {line.artifact.precision}: {line.reason}")
+    if left_out:
+        print(f"left out: {', '.join(left_out)}")
     print(f"bundle: {output}")
 
 

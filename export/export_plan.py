@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from latentrt.runtime.bundle import COMPONENTS
 from latentrt.runtime.errors import ArtifactError
 from latentrt.runtime.manifest import Artifact, Manifest, changed_inputs, check_files, key_of
 
@@ -16,11 +15,9 @@ from .checkpoint import Checkpoint
 
 PRECISIONS = ("fp32", "fp16")
 # Raised whenever the same checkpoint and tools would give other graphs than before.
-GRAPH_REVISION = 1
+GRAPH_REVISION = 2
 _GRAPH_TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript")
 _TOOLS = (*_GRAPH_TOOLS, "latentrt", "onnxruntime", "numpy")
-# Component -> the checkpoint's folder.
-SOURCE_FOLDER = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,12 @@ class Planned:
 
 
 def graph_path(component: str, precision: str) -> str:
-    """Where a bundle keeps a graph: optimum's name for fp32, the precision before the suffix for others."""
-    return f"{component}/model.onnx" if precision == "fp32" else f"{component}/model.{precision}.onnx"
+    """Where a bundle keeps a graph: optimum's name for fp32, the precision before the suffix for others.
+
+    The U-Net that takes ControlNet residuals lies beside the U-Net.
+    """
+    folder, stem = ("unet", "control") if component == "unet_control" else (component, "model")
+    return f"{folder}/{stem}.onnx" if precision == "fp32" else f"{folder}/{stem}.{precision}.onnx"
 
 
 def tool_versions(names: Sequence[str] = _TOOLS) -> dict[str, str]:
@@ -75,15 +76,15 @@ def plan_exports(
     Raises:
         ArtifactError: a file of the checkpoint cannot be read.
     """
-    hashes = {folder: checkpoint.hashes(folder) for folder in set(SOURCE_FOLDER.values())}
+    hashes = {part: checkpoint.hashes(part) for part in checkpoint.parts}
     tools = {**tool_versions(_GRAPH_TOOLS), "graph_revision": str(GRAPH_REVISION)}
     planned = []
-    for component in COMPONENTS:
+    for component, part in checkpoint.components.items():
         for precision in precisions:
             inputs = {
                 "component": component,
                 "precision": precision,
-                "source": hashes[SOURCE_FOLDER[component]],
+                "source": hashes[part],
                 "options": dict(options),
                 "tools": tools,
             }

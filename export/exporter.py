@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentrt.runtime.bundle import COMPONENTS
+import numpy as np
+
 from latentrt.runtime.errors import ArtifactError, UsageError
+from latentrt.runtime.latent_preview import LATENT_RGB_FILE, fit_latent_rgb
 from latentrt.runtime.manifest import MANIFEST, Artifact, Manifest, load_manifest
 
 from .bundle_update import update_bundle
 from .checkpoint import Checkpoint, open_checkpoint
-from .checkpoint_weights import load_pipeline
+from .checkpoint_weights import load_extras, load_pipeline
 from .export_plan import PRECISIONS, Planned, graph_path, plan_exports
 from .opset import checked_opset
+from .parity import Case
 from .staging import check_bundle_path, staging_folder
 
 Report = Callable[[str], None]
@@ -50,6 +52,8 @@ def export_checkpoint(
     precisions: Sequence[str] = PRECISIONS,
     opset: int | None = None,
     force: bool = False,
+    controlnets: Sequence[Path] = (),
+    taesd: Path | None = None,
     report: Report = lambda message: None,
 ) -> list[Exported]:
     """Export a diffusers checkpoint into a bundle.
@@ -63,6 +67,8 @@ def export_checkpoint(
         precisions: of fp32 and fp16.
         opset: of the default ONNX domain; None for the one both backends like best.
         force: export again what is up to date.
+        controlnets: folders of ControlNets to add to those that the checkpoint holds.
+        taesd: the folder of an `AutoencoderTiny` for previews.
         report: called with a line on what begins.
 
     Returns:
@@ -80,7 +86,7 @@ def export_checkpoint(
                 "int8 is made from an exported bundle by: latentrt calibrate"
             )
     precisions = [precision for precision in PRECISIONS if precision in precisions]
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, controlnets=controlnets, taesd=taesd)
     if bundle.resolve() == path.resolve() or path.resolve() in bundle.resolve().parents:
         raise UsageError(f"{bundle}: expected a folder outside the checkpoint. Choose another path with -o.")
     check_bundle_path(bundle)
@@ -90,13 +96,15 @@ def export_checkpoint(
     planned = plan_exports(checkpoint, bundle, manifest, precisions, options, force=force)
     with staging_folder(bundle) as folder:
         built: dict[tuple[str, str], tuple[Artifact, float]] = {}
+        others: list[str] = []
         if any(plan.reason for plan in planned):
+            others.append(LATENT_RGB_FILE)
             built = _build(checkpoint, bundle, manifest, planned, options, folder, report)
         report("moving the graphs into place")
         # The plan's hashes: reading gigabytes of weights again would tell nothing new.
         sources = {plan.component: plan.inputs["source"] for plan in planned}
         artifacts = [artifact for artifact, _ in built.values()]
-        final = update_bundle(checkpoint, bundle, folder, artifacts, options, sources)
+        final = update_bundle(checkpoint, bundle, folder, artifacts, options, sources, others)
     return [_line(bundle, final, plan, built.get((plan.component, plan.precision))) for plan in planned]
 
 
@@ -116,48 +124,76 @@ def _build(
     report("loading the weights")
     pipeline = load_pipeline(checkpoint)
     report("sampling with PyTorch for real inputs")
-    cases = capture_cases(pipeline)
-    components = components_of(pipeline)
+    extras = load_extras(checkpoint)
+    cases = capture_cases(pipeline, extras)
+    _write_latent_rgb(folder / LATENT_RGB_FILE, cases["vae_decoder"][0], pipeline.vae.config)
+    components = components_of(pipeline, extras)
     built: dict[tuple[str, str], tuple[Artifact, float]] = {}
-    for name in COMPONENTS:
+    for name in checkpoint.components:
         plans = {plan.precision: plan for plan in planned if plan.component == name and plan.reason}
         if not plans:
             continue
         graph = folder / graph_path(name, "fp32")
-        old = manifest.artifact(name, "fp32") if manifest else None
-        fp32 = next((plan for plan in planned if (plan.component, plan.precision) == (name, "fp32")), None)
-        if fp32 is not None and fp32.reason is None and old is not None:
-            _borrow(bundle, folder, old)
-        else:
+        holders: dict[str, Path] = {}
+        if name == "unet_control":
+            _borrow_current(bundle, folder, manifest, planned, "unet")
+            paths = {precision: folder / graph_path("unet", precision) for precision in PRECISIONS}
+            holders = {precision: path for precision, path in paths.items() if path.exists()}
+        if "fp32" not in _borrow_current(bundle, folder, manifest, planned, name):
             report(f"{name}: exporting")
             started = time.perf_counter()
-            parity = build_fp32(components[name], graph, cases[name], opset=options["opset"])
+            parity = build_fp32(
+                components[name], graph, cases[name], opset=options["opset"], holder=holders.get("fp32")
+            )
             if "fp32" in plans:
                 artifact = _artifact(plans["fp32"], folder, parity, options, components[name].parameters)
                 built[name, "fp32"] = artifact, time.perf_counter() - started
         if "fp16" in plans:
             report(f"{name}: converting to fp16")
             started = time.perf_counter()
-            parity = build_fp16(name, graph, folder / graph_path(name, "fp16"), cases[name])
+            parity = build_fp16(name, graph, folder / graph_path(name, "fp16"), cases[name], holder=holders.get("fp16"))
             artifact = _artifact(plans["fp16"], folder, parity, options, components[name].parameters)
             built[name, "fp16"] = artifact, time.perf_counter() - started
     return built
 
 
+def _write_latent_rgb(path: Path, decoded: Case, config: Any) -> None:
+    """Fit the colours of previews on what the VAE decoded."""
+    latents = decoded.feeds["latent_sample"].astype(np.float32) * np.float32(config.scaling_factor)
+    pictures = np.clip(decoded.expected["sample"].astype(np.float32), -1, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(fit_latent_rgb(latents, pictures).to_json())
+
+
+def _borrow_current(
+    bundle: Path, folder: Path, manifest: Manifest | None, planned: Sequence[Planned], component: str
+) -> list[str]:
+    """Put the bundle's up-to-date graphs of a component into the staging folder; returns their precisions."""
+    current = []
+    for plan in planned:
+        old = manifest.artifact(component, plan.precision) if manifest else None
+        if plan.component == component and plan.reason is None and old is not None:
+            _borrow(bundle, folder, old)
+            current.append(plan.precision)
+    return current
+
+
 def _borrow(bundle: Path, folder: Path, artifact: Artifact) -> None:
-    """Put the bundle's own fp32 graph where the fp16 conversion looks for it."""
+    """Copy one of the bundle's own graphs to where those that are made from it look for it.
+
+    A link would do, but onnx-ir refuses external data with several hard links.
+    """
     for name in artifact.files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(bundle / name, folder / name)
-        except OSError:
-            shutil.copyfile(bundle / name, folder / name)
+        shutil.copyfile(bundle / name, folder / name)
 
 
 def _artifact(
     plan: Planned, folder: Path, parity: Mapping[str, Any], options: Mapping[str, Any], parameters: int
 ) -> Artifact:
-    files = [plan.path, *([f"{plan.path}_data"] if (folder / f"{plan.path}_data").exists() else [])]
+    from .shared_weights import files_of
+
+    files = [str(path.relative_to(folder)) for path in files_of(folder / plan.path)]
     return Artifact(
         component=plan.component,
         precision=plan.precision,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -48,19 +50,16 @@ def to_onnx(component: Component, *, opset: int = DEFAULT_OPSET) -> ir.Model:
         ExportError: the exporter failed, or the graph's inputs and outputs are not those of the spec.
     """
     spec = component.spec
-    dynamic = {
-        tensor.name: {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
-        for tensor in spec.inputs
-    }
+    examples, dynamic = _arguments(component)
     try:
         with _exporter_quiet(), torch.no_grad():
+            # Traced here, because torch.onnx traces U-Nets twice: its first way, with sizes of one in view, fails on
+            # their shape arithmetic.
+            traced = torch.export.export(component.module, (), kwargs=examples, dynamic_shapes=dynamic, strict=False)
             program = torch.onnx.export(
-                component.module,
-                (),
-                kwargs=dict(component.example_inputs),
+                traced,
                 dynamo=True,
                 opset_version=opset,
-                dynamic_shapes=dynamic,
                 input_names=[tensor.name for tensor in spec.inputs],
                 output_names=[tensor.name for tensor in spec.outputs],
                 external_data=False,
@@ -82,6 +81,22 @@ def to_onnx(component: Component, *, opset: int = DEFAULT_OPSET) -> ir.Model:
     model.producer_name, model.producer_version = "latentrt", version("latentrt")
     model.graph.name = spec.name
     return model
+
+
+def _arguments(component: Component) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Example and dynamic axes by argument of `forward`; inputs without one are its last argument, a tuple."""
+    parameters = list(inspect.signature(component.module.forward).parameters)
+    examples: dict[str, Any] = {}
+    dynamic: dict[str, Any] = {}
+    for tensor in component.spec.inputs:
+        axes = {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
+        example = component.example_inputs[tensor.name]
+        if tensor.name in parameters:
+            examples[tensor.name], dynamic[tensor.name] = example, axes
+        else:
+            examples[parameters[-1]] = (*examples.get(parameters[-1], ()), example)
+            dynamic[parameters[-1]] = (*dynamic.get(parameters[-1], ()), axes)
+    return examples, dynamic
 
 
 def _apply_spec(model: ir.Model, spec: ModelSpec) -> None:

@@ -1,4 +1,7 @@
-"""The two halves of diffusers' AutoencoderKL. `scaling_factor` is not part of either: the loop applies it."""
+"""The two halves of diffusers' AutoencoderKL, and the decoder of AutoencoderTiny (TAESD).
+
+`scaling_factor` is not part of either half: the loop applies it. TAESD takes the latents as the loop has them.
+"""
 
 from __future__ import annotations
 
@@ -45,16 +48,36 @@ class VaeEncoder(nn.Module):
         return out
 
 
+class TinyDecoder(nn.Module):
+    """The decoder half of an `AutoencoderTiny`."""
+
+    def __init__(self, taesd: Any) -> None:
+        super().__init__()
+        self.decoder = taesd.decoder
+
+    def forward(self, latent_sample: torch.Tensor) -> torch.Tensor:
+        """Latents (b, c, h/8, w/8), not divided by scaling_factor, to pictures (b, 3, h, w) in about [-1, 1]."""
+        out: torch.Tensor = self.decoder(latent_sample)
+        return out
+
+
 def vae_decoder_component(vae: Any) -> Component:
     """Wrap the decoder half of an `AutoencoderKL` (float32, eval)."""
-    config = vae.config
+    return _decoder("vae_decoder", VaeDecoder(vae), vae.config)
+
+
+def taesd_decoder_component(taesd: Any) -> Component:
+    """Wrap the decoder half of an `AutoencoderTiny` (float32, eval)."""
+    return _decoder("taesd_decoder", TinyDecoder(taesd), taesd.config)
+
+
+def _decoder(name: str, module: nn.Module, config: Any) -> Component:
     channels = int(config.latent_channels)
-    module = VaeDecoder(vae).eval()
     return Component(
-        module=module,
+        module=module.eval(),
         example_inputs={"latent_sample": torch.linspace(-2, 2, 2 * channels * 35).reshape(2, channels, 5, 7)},
         spec=ModelSpec(
-            name="vae_decoder",
+            name=name,
             inputs=(TensorSpec("latent_sample", "float32", ("batch", channels, *LATENT)),),
             outputs=(TensorSpec("sample", "float32", ("batch", int(config.out_channels), *PIXEL)),),
         ),

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import shutil
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from families import Sources
+
 ROOT = Path(__file__).parents[1]
+# Helpers that tests share; importlib mode leaves these folders out of sys.path.
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "export")]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,3 +42,127 @@ def shapes_bundle(shapes_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
     bundle = tmp_path_factory.mktemp("bundle") / "shapes.bundle"
     assert main(["export", str(shapes_checkpoint), "-o", str(bundle), "--precision", "fp32,fp16", "--json"]) == 0
     return bundle
+
+
+@pytest.fixture(scope="session")
+def family_sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Sources]:
+    """The folders of a tiny checkpoint of a family, by its name in `families`. Tests must not change them."""
+
+    @functools.cache
+    def sources(name: str) -> Sources:
+        from families import write_sources
+
+        return write_sources(name, tmp_path_factory.mktemp(name))
+
+    return sources
+
+
+@pytest.fixture(scope="session")
+def traced_graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `family_bundle` keeps traced graphs: pytest's cache, as long as the exporter and its tools are the same."""
+    from latentrt.export.export_plan import tool_versions
+
+    digest = hashlib.sha256(repr(sorted(tool_versions().items())).encode())
+    for source in sorted((ROOT / "export").glob("*.py")):
+        digest.update(source.read_bytes())
+    cache = getattr(request.config, "cache", None)
+    folder = cache.mkdir("traced-graphs") if cache is not None else tmp_path_factory.mktemp("traced-graphs")
+    for old in folder.iterdir():
+        if old.name != digest.hexdigest():
+            shutil.rmtree(old, ignore_errors=True)
+    (folder / digest.hexdigest()).mkdir(exist_ok=True)
+    return Path(folder / digest.hexdigest())
+
+
+@pytest.fixture(scope="session")
+def family_bundle(
+    family_sources: Callable[[str], Sources], traced_graphs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A tiny checkpoint of a family as a bundle in fp32, by its name in `families`. Tests must not change it.
+
+    A network is traced once, also when several families share it; its graph is compared with PyTorch every time.
+    """
+
+    @functools.cache
+    def bundle(name: str) -> Path:
+        import onnx_ir as ir
+
+        from latentrt.export import graph_builder
+        from latentrt.export.exporter import export_checkpoint
+        from latentrt.export.to_onnx import to_onnx
+        from latentrt.runtime.manifest import write_atomic
+
+        def once(component: Any, *, opset: int) -> ir.Model:
+            digest = hashlib.sha256(repr((component.spec, component.module, opset)).encode())
+            for weight, value in component.module.state_dict().items():
+                digest.update(weight.encode() + value.numpy().tobytes())
+            path = traced_graphs / f"{digest.hexdigest()}.onnx"
+            if not path.exists():
+                write_atomic(path, ir.to_proto(to_onnx(component, opset=opset)).SerializeToString())
+            return ir.load(path)
+
+        sources, made = family_sources(name), tmp_path_factory.mktemp("family") / f"{name}.bundle"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(graph_builder, "to_onnx", once)
+            export_checkpoint(
+                sources.path, made, precisions=["fp32"], controlnets=sources.controlnets, taesd=sources.taesd
+            )
+        return made
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Stable Diffusion checkpoint. Shared: copy it before changing anything."""
+    from latentrt.export.checkpoint_weights import libraries_quiet
+
+    with libraries_quiet():
+        from tiny import save_tiny_checkpoint
+
+        return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_loaded(tiny_checkpoint: Path) -> Any:
+    """The tiny checkpoint as a diffusers pipeline, loaded by latentrt."""
+    from latentrt.export.checkpoint import open_checkpoint
+    from latentrt.export.checkpoint_weights import load_pipeline
+
+    return load_pipeline(open_checkpoint(tiny_checkpoint))
+
+
+@pytest.fixture(scope="session")
+def tiny_cases(tiny_loaded: Any) -> dict[str, list[Any]]:
+    """Parity cases of the tiny checkpoint."""
+    from latentrt.export.real_inputs import capture_cases
+
+    return capture_cases(tiny_loaded)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint exported in fp32 and fp16. Shared: copy it before changing anything."""
+    from latentrt.export.exporter import export_checkpoint
+
+    bundle = tmp_path_factory.mktemp("bundle") / "tiny.bundle"
+    export_checkpoint(tiny_checkpoint, bundle)
+    return bundle
+
+
+@pytest.fixture
+def exports_from_bundle(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make torch.onnx's part take no time: every fp32 graph is the shared bundle's, edited by the test if it likes."""
+    import onnx_ir as ir
+
+    from latentrt.export import graph_builder
+
+    def install(edit: Callable[[str, ir.Model], None] = lambda name, model: None) -> None:
+        def load(component: Any, *, opset: int) -> ir.Model:
+            model = ir.load(tiny_bundle / component.spec.name / "model.onnx")
+            edit(component.spec.name, model)
+            return model
+
+        monkeypatch.setattr(graph_builder, "to_onnx", load)
+
+    return install

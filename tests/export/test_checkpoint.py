@@ -135,7 +135,7 @@ def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, found: str) ->
         open_checkpoint(path)
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline", None])
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline", None])
 def test_other_pipelines_are_named_and_not_supported_yet(copy: Path, name: str | None) -> None:
     edit_json(copy / "model_index.json", _class_name=name)
     with pytest.raises(ConfigError, match=f"got {name}. It is not supported yet"):
@@ -146,8 +146,19 @@ def test_other_pipelines_are_named_and_not_supported_yet(copy: Path, name: str |
     ("file", "change", "said"),
     [
         ("model_index.json", {"unet": ["diffusers", "UNetMotionModel"]}, "UNetMotionModel"),
-        ("unet/config.json", {"in_channels": 9}, "Inpainting"),
-        ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type"),
+        ("model_index.json", {"prior": ["diffusers", "PriorTransformer"]}, "prior: expected no such.*PriorTransformer"),
+        ("model_index.json", {"text_encoder": [None, None]}, "expected a text encoder"),
+        ("model_index.json", {"text_encoder": ["transformers", "T5EncoderModel"]}, "T5EncoderModel"),
+        ("unet/config.json", {"in_channels": 5}, "in_channels of 4 .* 8 .* or 9 .*got 5"),
+        ("unet/config.json", {"out_channels": 8}, "out_channels of 4.*got 8"),
+        ("unet/config.json", {"cross_attention_dim": 64}, "cross_attention_dim of 32.*got 64"),
+        ("unet/config.json", {"cross_attention_dim": [32, 32]}, r"one cross_attention_dim, got \[32, 32\]"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type.*'text_time' without"),
+        ("unet/config.json", {"addition_embed_type": "image"}, "addition_embed_type.*got 'image'"),
+        ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type None, got 'timestep'"),
+        ("unet/config.json", {"num_class_embeds": 3}, "num_class_embeds None, got 3"),
+        ("unet/config.json", {"encoder_hid_dim_type": "ip_image_proj"}, "encoder_hid_dim_type.*ip_image_proj"),
+        ("unet/config.json", {"attention_type": "gated"}, "attention_type.*got 'gated'"),
     ],
 )
 def test_unsupported_components_are_config_errors(copy: Path, file: str, change: dict[str, Any], said: str) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from tiny import COMPONENTS
 
 from latentrt.export.graph_builder import components_of
-from latentrt.runtime.bundle import COMPONENTS
 from latentrt.runtime.session import OnnxSession
 
 # Sums in another order; one float32 rounding is 6e-8.

@@ -16,10 +16,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from safetensors.torch import load_file, save_file
+from tiny import COMPONENTS
 
 from latentrt.export import export_plan, exporter, graph_builder, staging
 from latentrt.export.exporter import export_checkpoint
-from latentrt.runtime.bundle import COMPONENTS, open_bundle
+from latentrt.runtime.bundle import open_bundle
 from latentrt.runtime.errors import ArtifactError, ExportError, UsageError
 from latentrt.runtime.manifest import EngineRecord, load_manifest, record_of, save_manifest, update_manifest
 

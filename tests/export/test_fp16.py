@@ -7,13 +7,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from tiny import COMPONENTS
 
 from latentrt.export.activation_range import activation_ranges
 from latentrt.export.fp16 import HALF_TINY, Float16Pass, cast_count, check_overflow, float32_island, half_of
 from latentrt.export.graph_builder import build_fp16
 from latentrt.export.half_rounding import HalfRoundingPass
 from latentrt.export.parity import Case
-from latentrt.runtime.bundle import COMPONENTS
 from latentrt.runtime.errors import ExportError
 from latentrt.runtime.manifest import load_manifest
 from latentrt.runtime.session import OnnxSession

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from tiny import COMPONENTS
 from torch import nn
 
 from latentrt.export import to_onnx as to_onnx_module
@@ -20,7 +21,6 @@ from latentrt.export.component import Component
 from latentrt.export.key_transpose import KeyTransposePass
 from latentrt.export.opset import OPSETS, checked_opset
 from latentrt.export.to_onnx import save_onnx, to_onnx
-from latentrt.runtime.bundle import COMPONENTS
 from latentrt.runtime.errors import ExportError, UsageError
 from latentrt.runtime.session import OnnxSession
 from latentrt.runtime.specs import ModelSpec, TensorSpec

@@ -14,6 +14,8 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+# Of its bundle, in the order of a run.
+COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = ("r e", "re d</w>", "c i", "b l", "o n</w>")
 UNET_CONFIG: dict[str, Any] = {
