@@ -7,12 +7,15 @@ picture = pipe("a small red circle on a blue background", seed=42).images[0]
 """
 
 from .bundle import Bundle, open_bundle
-from .denoise import denoise, guided
+from .components import Components
+from .denoise import denoise
+from .drawing import StepInfo
 from .errors import (
     ArtifactError,
     BackendError,
     BuildError,
     ConfigError,
+    DeadlineError,
     ExportError,
     LatentrtError,
     UsageError,
@@ -20,18 +23,19 @@ from .errors import (
 from .image import contact_sheet, save_png, to_uint8
 from .latents import decode_latents, latent_shape
 from .manifest import Artifact, EngineRecord, FileRecord, Manifest, load_manifest
+from .noise import batch_noise
 from .noise_schedule import NoiseSchedule
-from .pipeline import Pipeline, Result
-from .prompt import encode_prompt
+from .pipeline import Pipeline, Result, base_and_refiner
+from .request import Control, Hires, Request
 from .sampler_loop import Evaluation, StepResult, drive, with_model
-from .sampler_names import SAMPLERS, SCHEDULES, SamplerSpec, resolve_sampler, resolve_schedule
-from .samplers import ddim, dpmpp_2m, euler, euler_ancestral, plms
+from .sampler_names import SAMPLERS, SCHEDULES, resolve_sampler, resolve_schedule
+from .sampler_spec import SamplerSpec
 from .sampling_plan import SamplingPlan, plan_sampling, start_sampler
 from .session import OnnxSession
 from .specs import ModelSpec, Session, TensorSpec
 from .steps import Step
 from .tokenizer import ClipTokenizer, PromptTruncatedWarning, load_tokenizer
-from .torch_rng import TorchGenerator, batch_noise, torch_randn
+from .torch_rng import TorchGenerator, torch_randn
 
 __all__ = [
     # pipeline
@@ -39,8 +43,12 @@ __all__ = [
     "Result",
     "decode_latents",
     "denoise",
-    "encode_prompt",
-    "guided",
+    "StepInfo",
+    "Request",
+    "Control",
+    "Hires",
+    "Components",
+    "base_and_refiner",
     "latent_shape",
     # samplers
     "SAMPLERS",
@@ -51,13 +59,8 @@ __all__ = [
     "SamplingPlan",
     "Step",
     "StepResult",
-    "ddim",
-    "dpmpp_2m",
     "drive",
-    "euler",
-    "euler_ancestral",
     "plan_sampling",
-    "plms",
     "resolve_sampler",
     "resolve_schedule",
     "start_sampler",
@@ -92,6 +95,7 @@ __all__ = [
     "BackendError",
     "BuildError",
     "ConfigError",
+    "DeadlineError",
     "ExportError",
     "LatentrtError",
     "UsageError",

@@ -16,6 +16,8 @@ from .manifest import MANIFEST, Manifest, check_files, load_manifest
 
 TEXT_TO_IMAGE = ("text_encoder", "unet", "vae_decoder")
 COMPONENTS = (*TEXT_TO_IMAGE, "vae_encoder")
+# What a text-to-image run may need; an SDXL refiner has no text_encoder, other families no text_encoder_2.
+DRAWING = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,26 @@ class Bundle:
         check_files(self.path, self.manifest, artifact.files, hashes=False)
         return self.path / artifact.path
 
+    def components(self) -> tuple[str, ...]:
+        """The components it holds in any precision, in the order of the manifest."""
+        if self.manifest is None:
+            return tuple(sorted(path.parent.name for path in self.path.glob("*/model.onnx")))
+        return tuple(dict.fromkeys(artifact.component for artifact in self.manifest.artifacts))
+
+    def held(self, component: str) -> list[str]:
+        """The precisions of a component, best first."""
+        if self.manifest is None:
+            return ["unknown"] if component in self.components() else []
+        order = {"fp32": 0, "fp16": 1}
+        found = {artifact.precision for artifact in self.manifest.artifacts if artifact.component == component}
+        return sorted(found, key=lambda precision: (order.get(precision, 2), precision))
+
     def precisions(self) -> list[str]:
         """The precisions in which every component of a text-to-image run is present, best first."""
-        if self.manifest is None:
-            return ["unknown"]
-        held = [
-            {a.precision for a in self.manifest.artifacts if a.component == component} for component in TEXT_TO_IMAGE
-        ]
-        order = {"fp32": 0, "fp16": 1}
-        return sorted(set.intersection(*held), key=lambda p: (order.get(p, 2), p))
+        present = self.components()
+        text = [name for name in DRAWING[:2] if name in present] or ["text_encoder"]
+        held = [self.held(component) for component in (*text, "unet", "vae_decoder")]
+        return [precision for precision in held[0] if all(precision in others for others in held)]
 
     def config(self, name: str) -> dict[str, Any]:
         """A JSON config of the bundle, such as `unet/config.json`.

@@ -38,7 +38,19 @@ class EntryPointGroup(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names in the order of use."""
-        order = ["export", "build", "calibrate", "generate", "bench", "plan", "inspect", "verify", "doctor"]
+        order = [
+            "export",
+            "build",
+            "calibrate",
+            "generate",
+            "replay",
+            "samplers",
+            "bench",
+            "plan",
+            "inspect",
+            "verify",
+            "doctor",
+        ]
         names = {entry.name for entry in entry_points(group=GROUP)}
         return [name for name in order if name in names] + sorted(names - set(order))
 

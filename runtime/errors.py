@@ -34,6 +34,10 @@ class BackendError(LatentrtError):
     """A backend is not installed, finds no usable device, or failed."""
 
 
+class DeadlineError(LatentrtError, TimeoutError):
+    """A run was given up because its time was over."""
+
+
 class ExportError(LatentrtError):
     """A component could not be exported, or the exported graph differs from its model."""
 

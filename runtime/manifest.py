@@ -15,11 +15,12 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock
+from typing import TYPE_CHECKING, Any
 
 from .errors import ArtifactError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -230,8 +231,10 @@ def save_manifest(bundle: Path, manifest: Manifest) -> None:
     write_atomic(bundle / MANIFEST, text.encode() + b"\n")
 
 
-def lock_of(bundle: Path) -> FileLock:
+def lock_of(bundle: Path) -> BaseFileLock:
     """The lock that a stage holds while it moves files into the bundle and rewrites the manifest."""
+    from filelock import FileLock
+
     return FileLock(bundle / ".lock")
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, cast, get_args
 
@@ -18,10 +18,12 @@ import numpy.typing as npt
 from .betas import BetaFormula, alphas_cumprod_from_betas, betas_from_formula, rescale_zero_terminal_snr
 from .errors import ConfigError
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 BetaSchedule = Literal[BetaFormula, "trained_betas"]
 TimestepSpacing = Literal["leading", "linspace", "trailing"]
-SigmaSpacing = Literal["timesteps", "karras", "exponential"]
+SigmaSpacing = Literal[
+    "timesteps", "karras", "exponential", "beta", "lu_lambdas", "flow", "sgm_uniform", "ays", "ays_sdxl"
+]
 FinalSigmas = Literal["zero", "sigma_min"]
 
 FloatArray = npt.NDArray[np.float64]
@@ -35,61 +37,83 @@ class NoiseSchedule:
     """How much noise a training timestep holds, what the model predicts, and how steps are spaced by default.
 
     Attributes:
-        alphas_cumprod: share of signal power left at each training timestep, (num_train_timesteps,), falling.
+        betas: noise added at each training timestep, (num_train_timesteps,), float32.
+        rescale_betas_zero_snr: whether the last timestep is pure noise: Lin et al. 2023 (arXiv 2305.08891).
         prediction_type: what the model's output is.
         beta_schedule: where the betas came from; diffusers rounds the timesteps of a cosine schedule differently.
-        timestep_spacing: Table 2 of Lin et al. 2023 (arXiv 2305.08891); None takes the sampler's own default.
+        timestep_spacing: Table 2 of Lin et al. 2023; None takes the sampler's own default.
         sigma_spacing: noise levels at the spaced timesteps, or spread between the extremes by another rule.
         steps_offset: added to the timesteps of the leading spacing.
         final_sigmas_type: end at sigma 0, or at the lowest sigma trained on.
-        set_alpha_to_one: whether DDIM and PLMS end at alpha 1 rather than at timestep 0; None as the sampler does.
-        skip_prk_steps: whether PNDM leaves out its Runge-Kutta warm-up. Without it PNDM is not supported.
-        lower_order_final: whether the last of fewer than 15 DPM-Solver++ steps is of first order.
-        euler_at_final: whether the last DPM-Solver++ step always is.
+        options: what else the config holds, for the sampler that knows it.
+        class_name: diffusers' scheduler class of the config; None if it does not say.
     """
 
-    alphas_cumprod: FloatArray
+    betas: npt.NDArray[np.float32]
+    rescale_betas_zero_snr: bool = False
     prediction_type: PredictionType = "epsilon"
     beta_schedule: BetaSchedule = "linear"
     timestep_spacing: TimestepSpacing | None = None
     sigma_spacing: SigmaSpacing = "timesteps"
     steps_offset: int = 0
     final_sigmas_type: FinalSigmas = "zero"
-    set_alpha_to_one: bool | None = None
-    skip_prk_steps: bool = True
-    lower_order_final: bool = True
-    euler_at_final: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    class_name: str | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Read diffusers' `scheduler_config.json`.
 
+        Options of a sampler are kept and checked when one is chosen: those of other classes do not matter to it.
+
         Raises:
             ConfigError: if a value is not supported or an option is unknown; its name and value are in the message.
         """
-        _refuse_unsupported(config)
+        for name, value in config.items():
+            if not name.startswith("_") and name not in _READ and name not in SOLVER_OPTIONS:
+                raise ConfigError(
+                    f"{name}: expected an option of a known scheduler, got {value!r}. Remove it if unused."
+                )
         class_name = config.get("_class_name")
-        rescale = _boolean(config, "rescale_betas_zero_snr", False)
-        alphas_cumprod, beta_schedule = _alphas_cumprod(config, rescale=rescale)
-        set_alpha_to_one = config.get("set_alpha_to_one")
+        betas, beta_schedule = _betas(config, _CLASS_DEFAULTS.get(str(class_name), {}))
         return cls(
-            alphas_cumprod=alphas_cumprod,
+            betas=betas,
+            rescale_betas_zero_snr=_boolean(config, "rescale_betas_zero_snr", False),
             beta_schedule=beta_schedule,
-            prediction_type=_choice(config, "prediction_type", PredictionType, "epsilon"),
+            prediction_type=_choice(config, "prediction_type", PredictionType, _predicted(class_name)),
             timestep_spacing=_choice(config, "timestep_spacing", TimestepSpacing, None),
             sigma_spacing=_sigma_spacing(config),
             steps_offset=_integer(config, "steps_offset", 0, minimum=0),
             final_sigmas_type=_choice(config, "final_sigmas_type", FinalSigmas, "zero"),
-            set_alpha_to_one=None if set_alpha_to_one is None else _boolean(config, "set_alpha_to_one", False),
-            skip_prk_steps=_boolean(config, "skip_prk_steps", class_name != "PNDMScheduler"),
-            lower_order_final=_boolean(config, "lower_order_final", True),
-            euler_at_final=_boolean(config, "euler_at_final", False),
+            options={name: value for name, value in config.items() if name in SOLVER_OPTIONS},
+            class_name=None if class_name is None else str(class_name),
         )
+
+    def as_read_by(self, known: Collection[str]) -> NoiseSchedule:
+        """The schedule as a diffusers class with these config options sees it: it ignores those it does not have."""
+        changes: dict[str, Any] = {}
+        if "rescale_betas_zero_snr" not in known:
+            changes["rescale_betas_zero_snr"] = False
+        if "timestep_spacing" not in known:
+            changes["timestep_spacing"] = None
+        if "steps_offset" not in known:
+            changes["steps_offset"] = 0
+        if "final_sigmas_type" not in known:
+            changes["final_sigmas_type"] = "zero"
+        if self.sigma_spacing != "timesteps" and _FLAGS[self.sigma_spacing] not in known:
+            changes["sigma_spacing"] = "timesteps"
+        return self.replace(**changes) if any(getattr(self, name) != new for name, new in changes.items()) else self
+
+    @cached_property
+    def alphas_cumprod(self) -> FloatArray:
+        """Share of signal power left at each training timestep, (num_train_timesteps,), falling; float32 roundings."""
+        betas = rescale_zero_terminal_snr(self.betas) if self.rescale_betas_zero_snr else self.betas
+        return alphas_cumprod_from_betas(betas).astype(np.float64)
 
     @property
     def num_train_timesteps(self) -> int:
         """How many timesteps the model was trained on, usually 1000."""
-        return len(self.alphas_cumprod)
+        return len(self.betas)
 
     @cached_property
     def sigmas(self) -> FloatArray:
@@ -118,42 +142,7 @@ class NoiseSchedule:
         return dataclasses.replace(self, **changes)
 
 
-# Options that are supported in one value only. Any other is refused by name rather than ignored.
-_ONLY: Mapping[str, tuple[Any, ...]] = {
-    "clip_sample": (False, None),
-    "thresholding": (False, None),
-    "algorithm_type": ("dpmsolver++",),
-    "solver_order": (2,),
-    # diffusers maps the last three, of DEIS and UniPC, to midpoint when DPM-Solver++ reads them.
-    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "use_dynamic_shifting": (False, None),
-    "shift_terminal": (None,),
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-    "sigma_min": (None,),
-    "sigma_max": (None,),
-    "lambda_min_clipped": (-math.inf, "-Infinity", "-inf", None),
-    "variance_type": (None, "fixed_small"),
-}
-
-# Options that change nothing here, with the reason.
-_IRRELEVANT: Mapping[str, str] = {
-    "clip_sample_range": "only with clip_sample",
-    "dynamic_thresholding_ratio": "only with thresholding",
-    "sample_max_value": "only with thresholding",
-    "flow_shift": "only with use_flow_sigmas",
-    "time_shift_type": "only with use_dynamic_shifting",
-    "predict_x0": "UniPC's own; no sampler here reads it",
-    "disable_corrector": "UniPC's own",
-    "solver_p": "UniPC's own",
-    "original_inference_steps": "LCM's own",
-    "timestep_scaling": "LCM's own",
-    "noise_sampler_seed": "DPM++ SDE's own",
-}
-
+# What this module reads of a config.
 _READ = frozenset(
     {
         "num_train_timesteps",
@@ -167,33 +156,78 @@ _READ = frozenset(
         "steps_offset",
         "use_karras_sigmas",
         "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "use_lu_lambdas",
+        "use_flow_sigmas",
         "final_sigmas_type",
-        "set_alpha_to_one",
-        "skip_prk_steps",
-        "lower_order_final",
-        "euler_at_final",
     }
 )
 
+SOLVER_OPTIONS = frozenset(
+    {
+        "algorithm_type",
+        "base_image_seq_len",
+        "base_shift",
+        "clip_sample",
+        "clip_sample_range",
+        "corrector_order",
+        "disable_corrector",
+        "dynamic_thresholding_ratio",
+        "euler_at_final",
+        "flow_shift",
+        "interpolation_type",
+        "invert_sigmas",
+        "lambda_min_clipped",
+        "lower_order_final",
+        "max_image_seq_len",
+        "max_shift",
+        "noise_sampler_seed",
+        "original_inference_steps",
+        "predict_x0",
+        "predictor_order",
+        "rho",
+        "sample_max_value",
+        "set_alpha_to_one",
+        "shift",
+        "shift_terminal",
+        "sigma_data",
+        "sigma_max",
+        "sigma_min",
+        "sigma_schedule",
+        "skip_prk_steps",
+        "solver_order",
+        "solver_p",
+        "solver_type",
+        "stochastic_sampling",
+        "tau_func",
+        "thresholding",
+        "time_shift_type",
+        "timestep_scaling",
+        "timestep_type",
+        "use_dynamic_shifting",
+        "variance_type",
+    }
+)
+"""Options of one or the other sampler; `sampler_names` says which, with their defaults."""
 
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    for name, value in config.items():
-        if name.startswith("_") or name in _READ or name in _IRRELEVANT:
-            continue
-        if name not in _ONLY:
-            raise ConfigError(f"{name}: expected an option of a known scheduler, got {value!r}. Remove it if unused.")
-        if value not in _ONLY[name]:
-            raise _unsupported(name, _ONLY[name][0], value)
-    # diffusers' DDIM clips unless told otherwise; no other class here does.
-    if config.get("_class_name") == "DDIMScheduler" and "clip_sample" not in config:
-        raise _unsupported("clip_sample", False, "nothing, which means True for DDIMScheduler")
+# Where a class of diffusers has other defaults than DDPM's 0.0001, 0.02 and linear. A saved config always holds them.
+_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+_CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "HeunDiscreteScheduler": _SD_BETAS,
+    "KDPM2DiscreteScheduler": _SD_BETAS,
+    "KDPM2AncestralDiscreteScheduler": _SD_BETAS,
+    "DPMSolverSDEScheduler": _SD_BETAS,
+    "LCMScheduler": {**_SD_BETAS, "beta_schedule": "scaled_linear"},
+    "TCDScheduler": {**_SD_BETAS, "beta_schedule": "scaled_linear"},
+}
 
-
-def _unsupported(name: str, expected: Any, value: Any) -> ConfigError:
-    return ConfigError(
-        f"{name}: expected {expected!r}, got {value!r}. This option is not supported; set it so in "
-        "scheduler_config.json if the checkpoint works without."
-    )
+_FLAGS: Mapping[str, str] = {
+    "karras": "use_karras_sigmas",
+    "exponential": "use_exponential_sigmas",
+    "beta": "use_beta_sigmas",
+    "lu_lambdas": "use_lu_lambdas",
+    "flow": "use_flow_sigmas",
+}
 
 
 def _boolean(config: Mapping[str, Any], name: str, default: bool) -> bool:
@@ -223,26 +257,27 @@ def _choice(config: Mapping[str, Any], name: str, choices: Any, default: str | N
     return value
 
 
+def _predicted(class_name: Any) -> PredictionType:
+    """What a model predicts whose config does not say: rectified flows have no such option."""
+    return "flow_prediction" if str(class_name).startswith("FlowMatch") else "epsilon"
+
+
 def _sigma_spacing(config: Mapping[str, Any]) -> SigmaSpacing:
-    karras = _boolean(config, "use_karras_sigmas", False)
-    exponential = _boolean(config, "use_exponential_sigmas", False)
-    if karras and exponential:
-        raise ConfigError("use_exponential_sigmas: expected false beside use_karras_sigmas, got true. Keep one.")
-    return "karras" if karras else "exponential" if exponential else "timesteps"
+    chosen = [spacing for spacing, name in _FLAGS.items() if _boolean(config, name, False)]
+    if len(chosen) > 1:
+        first, second = (_FLAGS[spacing] for spacing in chosen[:2])
+        raise ConfigError(f"{second}: expected false beside {first}, got true. Keep one.")
+    return cast(SigmaSpacing, chosen[0]) if chosen else "timesteps"
 
 
-def _alphas_cumprod(config: Mapping[str, Any], *, rescale: bool) -> tuple[FloatArray, BetaSchedule]:
+def _betas(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[npt.NDArray[np.float32], BetaSchedule]:
     count = _integer(config, "num_train_timesteps", 1000, minimum=2)
     trained = config.get("trained_betas")
     if trained is not None:
-        schedule: BetaSchedule = "trained_betas"
-        betas = _trained_betas(trained, count)
-    else:
-        schedule = formula = _choice(config, "beta_schedule", BetaFormula, "linear")
-        betas = betas_from_formula(formula, _beta(config, "beta_start", 0.0001), _beta(config, "beta_end", 0.02), count)
-    if rescale:
-        betas = rescale_zero_terminal_snr(betas)
-    return alphas_cumprod_from_betas(betas).astype(np.float64), schedule
+        return _trained_betas(trained, count), "trained_betas"
+    formula = _choice(config, "beta_schedule", BetaFormula, defaults.get("beta_schedule", "linear"))
+    start = _beta(config, "beta_start", defaults.get("beta_start", 0.0001))
+    return betas_from_formula(formula, start, _beta(config, "beta_end", defaults.get("beta_end", 0.02)), count), formula
 
 
 def _beta(config: Mapping[str, Any], name: str, default: float) -> float:

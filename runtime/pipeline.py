@@ -1,29 +1,31 @@
-"""Text to image: `Pipeline.load(path)(prompt, …)`, a chain of encode_prompt, denoise and decode_latents."""
+"""Prompts to pictures: `Pipeline.load(path)(prompt, …)`, a chain of encode_prompt, denoise and decode_latents."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends import open_session
-from .bundle import TEXT_TO_IMAGE, Bundle, open_bundle, pipeline_files
-from .denoise import denoise, guided
-from .errors import UsageError
+from .components import Components
+from .drawing import Pass, StepInfo, prepare, run_pass
+from .errors import DeadlineError
+from .hires import check_hires, enlarge, larger_size, second_request
 from .image import Pictures
-from .latents import decode_latents, latent_shape, vae_factor
-from .noise_schedule import NoiseSchedule
-from .prompt import encode_prompt
-from .sampler_loop import StepResult
-from .sampler_names import resolve_sampler
-from .sampling_plan import SamplingPlan, plan_sampling, start_sampler
-from .specs import Session
-from .tokenizer import ClipTokenizer, load_tokenizer
-from .torch_rng import batch_noise
+from .latents import check_pictures, decode_latents
+from .model_facts import read_facts, read_schedules
+from .opened_model import Model
+from .picture_text import infotext, picture_record
+from .request import Request, Text, request_of
+from .run_start import picture_seeds, plan_request, request_noise
+from .start_latents import unscale_latents
+from .textual_inversion import TextualInversion, load_textual_inversion
+
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,39 +33,38 @@ class Result:
     """What a call drew.
 
     Attributes:
-        images: (n, h, w, 3) uint8; the pictures of the first prompt come first.
-        latents: final latents (n, c, h/8, w/8) float32, as the VAE takes them before its scaling factor.
+        images: (n, h, w, 3) uint8; the pictures of the first prompt come first. Empty if not decoded.
+        latents: final latents (n, c, h/8, w/8) float32, in the U-Net's scale.
         seeds: of each picture.
-        parameters: of each picture, in the form that web UIs write into PNG files.
+        parameters: of each picture, in the form that web UIs write into files.
+        records: of each picture, what `latentrt replay` makes it again from.
+        seconds: by stage: prepare (with the text encoders), denoise, decode.
     """
 
     images: Pictures
-    latents: NDArray[np.float32]
+    latents: Floats
     seeds: tuple[int, ...]
     parameters: tuple[str, ...]
+    records: tuple[dict[str, Any], ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
-    """A bundle ready to draw. Make one with `Pipeline.load`."""
+    """A bundle ready to draw. Make one with `Pipeline.load`; it can be used from many threads at once."""
 
     name: str
-    precision: str
-    tokenizer: ClipTokenizer
-    text_encoder: Session
-    unet: Session
-    vae_decoder: Session
-    schedule: NoiseSchedule
-    default_sampler: str
-    latent_channels: int
-    vae_factor: int
-    scaling_factor: float
-    shift_factor: float
-    default_size: int
+    model: Model
 
     @classmethod
     def load(
-        cls, path: str | Path, *, precision: str | None = None, backend: str = "auto", verify: bool = True
+        cls,
+        path: str | Path,
+        *,
+        precision: str | None = None,
+        backend: str = "auto",
+        verify: bool = True,
+        textual_inversions: Sequence[str | Path | TextualInversion] = (),
     ) -> Pipeline:
         """Open a bundle, or a folder that `optimum-cli export onnx` wrote.
 
@@ -71,139 +72,191 @@ class Pipeline:
             precision: fp32, fp16…; default the first of these that every component has.
             backend: auto, onnxruntime, cuda, tensorrt or tensorrt_rtx.
             verify: compare the files' SHA-256 with the manifest before they are loaded; sizes are always compared.
+            textual_inversions: .safetensors files, each a word for prompts (its file's name), or loaded ones.
 
         Raises:
             ArtifactError: the bundle or a file of it is missing, damaged or changed.
             UsageError: the bundle lacks that precision, or no such backend.
-            ConfigError: the scheduler's config holds what is not supported.
+            ConfigError: a config holds what is not supported.
             BackendError: the backend cannot be used here.
         """
-        bundle = open_bundle(Path(path))
-        precision = _precision_of(bundle, precision)
-        if verify and bundle.manifest is not None:
-            bundle.check(pipeline_files(bundle, precision, TEXT_TO_IMAGE))
-        unet, vae = bundle.config("unet/config.json"), bundle.config("vae_decoder/config.json")
-        scheduler = bundle.config("scheduler/scheduler_config.json")
-        factor = vae_factor(vae)
-        sessions = [open_session(bundle, component, precision, backend=backend) for component in TEXT_TO_IMAGE]
-        return cls(
-            name=bundle.manifest.name if bundle.manifest else bundle.path.name,
-            precision=precision,
-            tokenizer=load_tokenizer(bundle.path / "tokenizer"),
-            text_encoder=sessions[0],
-            unet=sessions[1],
-            vae_decoder=sessions[2],
-            schedule=NoiseSchedule.from_config(scheduler),
-            default_sampler=str(scheduler.get("_class_name")),
-            latent_channels=int(unet["in_channels"]),
-            vae_factor=factor,
-            scaling_factor=float(vae.get("scaling_factor") or 0.18215),
-            shift_factor=float(vae.get("shift_factor") or 0.0),
-            default_size=int(unet.get("sample_size") or 64) * factor,
+        components = Components.open(path, precision, backend=backend, verify=verify)
+        bundle = components.bundle
+        schedules = read_schedules(bundle)
+        inversions = [
+            item if isinstance(item, TextualInversion) else load_textual_inversion(item) for item in textual_inversions
+        ]
+        model = Model(
+            components=components,
+            prompt_encoder=components.prompt_encoder(inversions),
+            facts=read_facts(bundle),
+            schedules=schedules,
+            default_sampler=str(schedules.own.class_name),
+            inversions=tuple(inversions),
         )
+        for component in ("unet", "vae_decoder"):
+            components[component]
+        return cls(name=bundle.manifest.name if bundle.manifest else bundle.path.name, model=model)
+
+    @property
+    def precision(self) -> str:
+        """Of the U-Net, the text encoders and the VAE's decoder."""
+        return self.model.components.precision
 
     @property
     def backend(self) -> str:
         """Which backend runs the U-Net, for people."""
-        return self.unet.backend
+        return self.model.components["unet"].backend
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: Text | Sequence[Text] | Request,
         *,
-        negative_prompt: str = "",
-        sampler: str | None = None,
-        schedule: str | None = None,
-        steps: int = 20,
-        guidance: float = 7.5,
-        seed: int = 0,
-        batch: int = 1,
-        width: int | None = None,
-        height: int | None = None,
-        eta: float | None = None,
-        on_step: Callable[[StepResult], None] | None = None,
+        on_step: Callable[[StepInfo], None] | None = None,
+        deadline: float | None = None,
+        **settings: Any,
     ) -> Result:
-        """Draw `batch` pictures of each prompt.
+        """Draw pictures.
 
         Args:
-            prompt: what to draw; more than 75 tokens are cut, with a warning that shows what.
-            negative_prompt: what guidance leads away from.
-            sampler: in the spelling of A1111, ComfyUI or diffusers; default the checkpoint's own.
-            schedule: leading, linspace, trailing, karras or exponential; default the checkpoint's own.
-            steps: sampling steps, at least 1.
-            guidance: scale of classifier-free guidance; 1 and below switch it off, as in diffusers.
-            seed: of the first picture; picture i has seed + i, and is the same whatever batch it is drawn in.
-            width, height: in pixels, multiples of 8; default what the checkpoint was trained at.
-            eta: stochasticity of DDIM (default 0) and Euler a (default 1).
-            on_step: called after each step with its index and latents; raising from it cancels the run.
+            prompt: one or several, or a whole `Request`.
+            on_step: called after each step; raising from it cancels the run.
+            deadline: seconds after which the run is given up, between two steps.
+            settings: the attributes of `Request`, such as `negative_prompt`, `steps`, `guidance`, `seed`, `image`.
 
         Raises:
-            UsageError: an argument is out of its range, or a name is unknown (lists the near ones).
-            BackendError: the backend failed, or the U-Net gave NaN or infinity.
-
-        Warns:
-            PromptTruncatedWarning: a prompt has more than 75 tokens.
+            UsageError: a setting is unknown, out of its range, or does not fit the bundle.
+            BackendError: a network failed, gave NaN or infinity, or a picture came out black.
+            DeadlineError: the deadline has passed.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        rows = [text for text in prompts for _ in range(_whole("batch", batch))]
-        if not rows:
-            raise UsageError("prompt: expected at least one, got none.")
-        if not math.isfinite(guidance):
-            raise UsageError(f"guidance: expected a finite number, got {guidance}. 5 to 8 are usual.")
-        height = self.default_size if height is None else height
-        width = self.default_size if width is None else width
-        shape = latent_shape(len(rows), height, width, channels=self.latent_channels, factor=self.vae_factor)
-        plan = plan_sampling(self.schedule, resolve_sampler(sampler or self.default_sampler), steps, spacing=schedule)
-        noise = batch_noise(seed, len(rows))
-        start = noise(shape) * np.float32(plan.init_noise_sigma)
-
-        embeddings = self._embed(rows)
-        negative = self._embed([negative_prompt] * len(rows)) if guidance > 1 else None
-        solver = start_sampler(plan, start, noise=noise, eta=eta)
-        latents = start
-        for step in denoise(solver, guided(self.unet, embeddings, negative, guidance)):
-            latents = step.latents
+        run = self.stream(prompt, deadline=deadline, **settings)
+        while True:
+            try:
+                step = next(run)
+            except StopIteration as done:
+                result: Result = done.value
+                return result
             if on_step is not None:
                 on_step(step)
+
+    def stream(
+        self, prompt: Text | Sequence[Text] | Request, *, deadline: float | None = None, **settings: Any
+    ) -> Generator[StepInfo, None, Result]:
+        """Draw pictures a step at a time: yields every finished step, returns the `Result`.
+
+        To cancel, stop iterating or close the generator: nothing runs on. Arguments and errors are those of a call;
+        the request is checked when the first step is asked for.
+        """
+        request = request_of(prompt, settings)
+        model, began = self.model, time.perf_counter()
+
+        def watched(steps: Generator[StepInfo, None, Floats]) -> Generator[StepInfo, None, Floats]:
+            left = True
+            while True:
+                if deadline is not None and left and not time.perf_counter() - began <= deadline:
+                    steps.close()
+                    raise DeadlineError(
+                        f"deadline: expected to be done within {deadline:g} s, got steps left after "
+                        f"{time.perf_counter() - began:.1f} s. Take fewer steps or a smaller picture, or allow more."
+                    )
+                try:
+                    step = next(steps)
+                except StopIteration as done:
+                    latents: Floats = done.value
+                    return latents
+                left = step.index + 1 < step.total
+                yield step
+
+        if request.hires is not None:
+            check_hires(request, request.hires, model.facts)
+        first = prepare(model, request, request_noise(model, request))
+        prepared = time.perf_counter()
+        latents = yield from watched(run_pass(model, first))
+        size = first.size
+        if request.hires is not None:
+            size = larger_size(size, request.hires, model.facts.vae_factor)
+            second = self._second_pass(request, latents, first, size)
+            latents = yield from watched(run_pass(model, second, second_pass=True))
+        denoised = time.perf_counter()
+        images = self._decode(request, latents, size)
+        seconds = {
+            "prepare": prepared - began,
+            "denoise": denoised - prepared,
+            "decode": time.perf_counter() - denoised,
+        }
+        return self._result(request, images, latents, first, size, seconds)
+
+    def _second_pass(self, request: Request, latents: Floats, first: Pass, size: tuple[int, int]) -> Pass:
+        assert request.hires is not None
+        clean = enlarge(self.model, request, latents, request.hires, size)
+        again = second_request(request, request.hires)
+        noise = request_noise(self.model, again)
+        steps = len(first.plan.steps)
+        return prepare(self.model, again, noise, clean=clean, size=size, first_pass_steps=steps)
+
+    def _decode(self, request: Request, latents: Floats, size: tuple[int, int]) -> Pictures:
+        if not request.decode:
+            return np.zeros((0, *size, 3), np.uint8)
+        model = self.model
         images = decode_latents(
-            self.vae_decoder, latents, scaling_factor=self.scaling_factor, shift_factor=self.shift_factor
+            model.components["vae_decoder"],
+            unscale_latents(model.facts, latents),
+            scaling_factor=1.0,
+            tiling=model.tiling(request, size),
         )
-        seeds = tuple(int(seed) + index for index in range(len(rows)))
-        note = f"Negative prompt: {negative_prompt}\n" if negative_prompt else ""
-        settings = _settings(plan, steps, guidance, f"{width}x{height}", self.name)
-        parameters = tuple(f"{row}\n{note}{settings.format(seed=s)}" for row, s in zip(rows, seeds, strict=True))
-        return Result(images=images, latents=latents.astype(np.float32), seeds=seeds, parameters=parameters)
+        check_pictures(images)
+        return images
 
-    def _embed(self, rows: Sequence[str]) -> NDArray[np.float32]:
-        """Embeddings of rows, each different prompt encoded once and alone, so that its batch cannot change it."""
-        known = {text: encode_prompt(self.text_encoder, self.tokenizer, [text]) for text in dict.fromkeys(rows)}
-        return np.concatenate([known[text] for text in rows])
-
-
-def _precision_of(bundle: Bundle, wanted: str | None) -> str:
-    held = bundle.precisions()
-    if wanted is None and not held:
-        raise UsageError(
-            f"{bundle.path}: expected text_encoder, unet and vae_decoder in one precision, found none complete. "
-            f"Run: latentrt export CHECKPOINT -o {bundle.path}"
+    def _result(
+        self,
+        request: Request,
+        images: Pictures,
+        latents: Floats,
+        first: Pass,
+        size: tuple[int, int],
+        seconds: dict[str, float],
+    ) -> Result:
+        count = len(latents)
+        plan = plan_request(self.model, request)
+        records = [
+            picture_record(self.model, request, index, images[index] if len(images) else None, self.name)
+            for index in range(count)
+        ]
+        return Result(
+            images=images,
+            latents=latents,
+            seeds=tuple(picture_seeds(request)[0]),
+            parameters=tuple(
+                infotext(request, plan, index, size=first.size, model=self.name) for index in range(count)
+            ),
+            records=tuple(records),
+            seconds=seconds,
         )
-    if bundle.manifest is None:
-        return held[0]
-    return wanted or held[0]
 
 
-def _whole(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise UsageError(f"{name}: expected a whole number of at least 1, got {value!r}.")
-    return int(value)
+def base_and_refiner(
+    base: Pipeline,
+    refiner: Pipeline,
+    prompt: Text | Sequence[Text] | Request,
+    *,
+    switch: float = 0.8,
+    on_step: Callable[[StepInfo], None] | None = None,
+    **settings: Any,
+) -> Result:
+    """Draw with SDXL's two experts: the base down to a share of the noise levels, the refiner from there on.
 
+    As diffusers with `denoising_end=switch` for the base and `denoising_start=switch` for the refiner, which takes the
+    base's noisy latents as they are. Both run the same sampler over the same steps.
 
-def _settings(plan: SamplingPlan, steps: int, guidance: float, size: str, model: str) -> str:
-    """The settings line of A1111, the seed left open."""
-    spaced = plan.schedule
-    spacing = spaced.timestep_spacing if spaced.sigma_spacing == "timesteps" else spaced.sigma_spacing
-    kind = f"Schedule type: {spacing.capitalize()}, " if spacing else ""
-    return (
-        f"Steps: {steps}, Sampler: {plan.sampler.label}, {kind}CFG scale: {guidance:g}, Seed: {{seed}}, "
-        f"Size: {size}, Model: {model.replace('{', '(').replace('}', ')')}"
+    Raises:
+        UsageError: as in a call, or the two bundles' latents differ.
+    """
+    request = request_of(prompt, settings)
+    noisy = base(request.replace(denoising_end=switch, decode=False), on_step=on_step)
+    rest = request.replace(
+        latents=noisy.latents,
+        denoising_start=switch,
+        denoising_end=None,
+        sampler=request.sampler or base.model.default_sampler,
     )
+    return refiner(rest, on_step=on_step)

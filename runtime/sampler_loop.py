@@ -1,7 +1,8 @@
 """The sampler loop: what a sampler asks for, the model put around a solver, and a driver for one sampler.
 
-`with_model` turns a solver, which asks for denoised latents, into a sampler that yields what the model is to be called
-with and is sent the model's raw output. `drive` runs one of these; a server can run many together, row by row.
+`with_model` turns a solver, which asks for denoised latents (or for noise), into a sampler that yields what the model
+is to be called with and is sent the model's raw output. `drive` runs one of these; a server can run many together,
+row by row.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from .errors import UsageError
-from .noise_schedule import PredictionType
-from .parametrisation import Array, Space, scale_model_input, to_denoised
+import numpy as np
+
+from .errors import ConfigError, UsageError
+from .parametrisation import Array, Parametrisation, Quantity, apply_form, combine
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Evaluation:
-    """A request for one call of the denoiser.
+    """A request for one call of the denoiser. Not to be changed; frozen dataclasses cost a microsecond a field.
 
     Attributes:
         sample: where it is to be evaluated, (b, c, h/8, w/8); after `with_model`, the model's scaled input.
@@ -35,6 +37,11 @@ class Evaluation:
 
 
 Sampler: TypeAlias = Generator[Evaluation, Array, Array]
+Between: TypeAlias = Callable[[float, Array], Array]
+"""Replaces the latents of an evaluation but the first, f(sigma, latents): what inpainting puts back between steps."""
+
+Correction: TypeAlias = Callable[[Array], Array]
+"""Changes a denoised latent, (b, c, h/8, w/8): clipping and dynamic thresholding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,32 +61,80 @@ class StepResult:
 def with_model(
     solver: Sampler,
     *,
-    space: Space,
-    prediction_type: PredictionType,
+    model: Parametrisation,
     sigma_to_timestep: Callable[[float], float],
+    quantity: Quantity = "denoised",
+    correct: Correction | None = None,
+    between: Between | None = None,
 ) -> Sampler:
     """The same sampler, asking for the model's raw output at its scaled input instead of for a denoised latent.
 
+    Args:
+        solver: asks for `quantity` at latents in the model's space.
+        model: how the output is to be read.
+        sigma_to_timestep: what the model is told at a noise level between two steps.
+        quantity: what the solver is sent: the denoised latent, the noise, or the output as it is.
+        correct: applied to the denoised latent before the solver sees it; then whatever it asks for follows from that.
+        between: changes the solver's latents between steps, in place: at its first evaluation of a step a solver
+            yields the very array it goes on from, and has kept no other copy of it. At further evaluations of a step
+            it changes what the model is shown, as diffusers' pipelines do.
+
     Raises:
+        ConfigError: with `between`, if the solver adds noise before it evaluates, so that it cannot be done.
         UsageError: on `send`, if a prediction does not have the shape of the sample it is for.
     """
     try:
         wanted = next(solver)
+        started, evaluated = wanted.step_index, False
         while True:
-            sample = scale_model_input(wanted.sample, wanted.sigma, space)
-            timestep = sigma_to_timestep(wanted.sigma) if wanted.timestep is None else wanted.timestep
-            prediction = yield Evaluation(sample, wanted.sigma, timestep, wanted.step_index, wanted.latents)
-            if prediction.shape != sample.shape:
+            latents, sigma = wanted.sample, wanted.sigma
+            if between is not None and evaluated:
+                known = between(sigma, latents)
+                if wanted.step_index == started:
+                    # Within a step only the model is shown it; the solver goes on from its own.
+                    latents = known
+                elif latents is not wanted.latents:
+                    raise ConfigError(
+                        "sampler: expected one that evaluates where its steps start, got one with churn. "
+                        "Choose another for inpainting with an ordinary model, or set s_churn to 0."
+                    )
+                else:
+                    np.copyto(latents, known, casting="same_kind")
+            started, evaluated = wanted.step_index, True
+            scale = model.input_scale(sigma)
+            sample = latents if scale == 1 else latents * scale
+            timestep = sigma_to_timestep(sigma) if wanted.timestep is None else wanted.timestep
+            output = yield Evaluation(sample, sigma, timestep, wanted.step_index, wanted.latents)
+            if output.shape != sample.shape:
                 raise UsageError(
-                    f"prediction: expected shape {sample.shape}, got {prediction.shape}. "
+                    f"prediction: expected shape {sample.shape}, got {output.shape}. "
                     "Send one prediction for each row of the sample, guidance already applied."
                 )
-            wanted = solver.send(to_denoised(prediction, sample, wanted.sigma, prediction_type))
+            if correct is None:
+                answer = apply_form(model.form(quantity, sigma), latents, output)
+            else:
+                answer = _corrected(model, quantity, correct, latents, output, sigma)
+            wanted = solver.send(answer)
     except StopIteration as done:
-        latents: Array = done.value
-        return latents
+        result: Array = done.value
+        return result
     finally:
         solver.close()
+
+
+def _corrected(
+    model: Parametrisation, quantity: Quantity, correct: Correction, latents: Array, output: Array, sigma: float
+) -> Array:
+    """The quantity that belongs to the corrected denoised latent."""
+    form = model.form("denoised", sigma)
+    denoised = correct(apply_form(form, latents, output))
+    if quantity == "denoised":
+        return denoised
+    if quantity == "epsilon":
+        alpha, sigma_t = model.levels(sigma)
+        return combine((1 / sigma_t, latents), (-alpha / sigma_t, denoised))
+    a, b = form
+    return combine((-a / b, latents), (1 / b, denoised))
 
 
 def drive(sampler: Sampler, predict: Callable[[Evaluation], Array]) -> Generator[StepResult, None, Array]:

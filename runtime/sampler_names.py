@@ -8,107 +8,49 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, get_args
 
 from .errors import UsageError
-from .noise_schedule import NoiseSchedule, PredictionType, SigmaSpacing, TimestepSpacing
-from .parametrisation import Space
-from .sampler_loop import Sampler
-from .samplers import ddim, dpmpp_2m, euler, euler_ancestral, plms
-from .steps import Steps, ddim_steps, dpm_steps, plms_steps, sigma_steps
+from .sampler_spec import SIGMA_SPACINGS, TIMESTEP_SPACINGS, SamplerSpec
+from .sampler_specs_discrete import DISCRETE_SAMPLERS
+from .sampler_specs_dpm import DPM_SAMPLERS
+from .sampler_specs_flow import FLOW_SAMPLERS
+from .sampler_specs_k import K_SAMPLERS
 
+SAMPLERS: tuple[SamplerSpec, ...] = (*DISCRETE_SAMPLERS, *K_SAMPLERS, *DPM_SAMPLERS, *FLOW_SAMPLERS)
 
-@dataclass(frozen=True, kw_only=True)
-class SamplerSpec:
-    """What is known of a sampler.
-
-    Attributes:
-        name: k-diffusion's and ComfyUI's name, used in files and on the command line.
-        label: A1111's name, for people.
-        scheduler: diffusers' class.
-        solver: the generator function, `solver(x, steps, **options)`.
-        steps: the spacing of diffusers' class, `steps(schedule, num_inference_steps)`.
-        space: in which its latents are, see `samplers`.
-        eta: the default of its stochasticity; None if it has no such option.
-        from_schedule: options of the solver that the checkpoint's schedule sets.
-        schedule: spacing that came with the name, as in "DPM++ 2M Karras"; None leaves it to the checkpoint.
-    """
-
-    name: str
-    label: str
-    scheduler: str
-    solver: Callable[..., Sampler]
-    steps: Callable[[NoiseSchedule, int], Steps]
-    space: Space
-    eta: float | None = None
-    from_schedule: Callable[[NoiseSchedule], Mapping[str, Any]] = lambda _: {}
-    schedule: str | None = None
-
-
-def _final_order(schedule: NoiseSchedule) -> Mapping[str, Any]:
-    return {"lower_order_final": schedule.lower_order_final, "euler_at_final": schedule.euler_at_final}
-
-
-def _extrapolated(schedule: NoiseSchedule) -> Mapping[str, PredictionType]:
-    # diffusers extrapolates v for a v model; it takes no model that predicts the sample, for which epsilon is right.
-    return {"extrapolate": "v_prediction" if schedule.prediction_type == "v_prediction" else "epsilon"}
-
-
-SAMPLERS: tuple[SamplerSpec, ...] = (
-    SamplerSpec(
-        name="ddim", label="DDIM", scheduler="DDIMScheduler", solver=ddim, steps=ddim_steps, space="vp", eta=0.0
-    ),
-    SamplerSpec(
-        name="plms",
-        label="PLMS",
-        scheduler="PNDMScheduler",
-        solver=plms,
-        steps=plms_steps,
-        space="vp",
-        from_schedule=_extrapolated,
-    ),
-    SamplerSpec(
-        name="euler", label="Euler", scheduler="EulerDiscreteScheduler", solver=euler, steps=sigma_steps, space="ve"
-    ),
-    SamplerSpec(
-        name="euler_ancestral",
-        label="Euler a",
-        scheduler="EulerAncestralDiscreteScheduler",
-        solver=euler_ancestral,
-        steps=sigma_steps,
-        space="ve",
-        eta=1.0,
-    ),
-    SamplerSpec(
-        name="dpmpp_2m",
-        label="DPM++ 2M",
-        scheduler="DPMSolverMultistepScheduler",
-        solver=dpmpp_2m,
-        steps=dpm_steps,
-        space="vp",
-        from_schedule=_final_order,
-    ),
-)
-
-SCHEDULES: tuple[str, ...] = (*get_args(TimestepSpacing), *get_args(SigmaSpacing)[1:])
+SCHEDULES: tuple[str, ...] = (*TIMESTEP_SPACINGS, *SIGMA_SPACINGS)
 """Spacings that `resolve_schedule` knows beside "default", which is the checkpoint's own."""
 
-_SPACING_SUFFIXES = get_args(SigmaSpacing)[1:]
-_ALIASES = {"pndm": "plms"}
+_SCHEDULE_ALIASES = {
+    "align_your_steps": "ays",
+    "polyexponential": "exponential",  # k-diffusion's, at its usual rho of 1
+    "uniform": "linspace",
+    "normal": "linspace",
+}
 
 
 def _key(name: str) -> str:
     """A name without case, spaces and punctuation; "++" and "pp" are the same."""
-    return re.sub(r"[^a-z0-9]", "", name.casefold().replace("++", "pp").removeprefix("sample_"))
+    plain = name.casefold().replace("++", "pp").removeprefix("sample_").removeprefix("k_").removesuffix("_gpu")
+    return re.sub(r"[^a-z0-9]", "", plain).removesuffix("sampler")
 
 
-_BY_KEY: Mapping[str, SamplerSpec] = MappingProxyType(
-    {_key(spelling): spec for spec in SAMPLERS for spelling in (spec.name, spec.label, spec.scheduler)}
-    | {alias: spec for alias, name in _ALIASES.items() for spec in SAMPLERS if spec.name == name}
-)
+def _by_key(specs: Sequence[SamplerSpec]) -> Mapping[str, SamplerSpec]:
+    """By every spelling. The first of a class is the one that the class's name stands for."""
+    table: dict[str, SamplerSpec] = {}
+    for spec in specs:
+        for spelling in (spec.name, spec.label, *spec.aliases, *([spec.scheduler] if spec.scheduler else [])):
+            table.setdefault(_key(spelling), spec)
+    return MappingProxyType(table)
+
+
+_BY_KEY = _by_key(SAMPLERS)
+_SCHEDULE_BY_KEY = {_key(name): name for name in SCHEDULES} | {
+    _key(alias): name for alias, name in _SCHEDULE_ALIASES.items()
+}
 
 
 def resolve_sampler(name: str) -> SamplerSpec:
@@ -122,9 +64,9 @@ def resolve_sampler(name: str) -> SamplerSpec:
     key = _key(name)
     if key in _BY_KEY:
         return _BY_KEY[key]
-    for spacing in _SPACING_SUFFIXES:
-        if key.endswith(spacing) and key.removesuffix(spacing) in _BY_KEY:
-            return replace(_BY_KEY[key.removesuffix(spacing)], schedule=spacing)
+    for suffix, spacing in _SCHEDULE_BY_KEY.items():
+        if key.endswith(suffix) and key.removesuffix(suffix) in _BY_KEY:
+            return replace(_BY_KEY[key.removesuffix(suffix)], schedule=spacing)
     raise UsageError(
         f"sampler: expected one of {', '.join(_nearest(key))}, got {name!r}. "
         f"All samplers: {', '.join(spec.label for spec in SAMPLERS)}."
@@ -139,8 +81,8 @@ def resolve_schedule(name: str | None) -> str | None:
     """
     if name is None or _key(name) in ("default", "automatic"):
         return None
-    if _key(name) in SCHEDULES:
-        return _key(name)
+    if _key(name) in _SCHEDULE_BY_KEY:
+        return _SCHEDULE_BY_KEY[_key(name)]
     near = difflib.get_close_matches(_key(name), SCHEDULES, cutoff=0.4) or SCHEDULES
     raise UsageError(
         f"schedule: expected one of {', '.join(near)}, got {name!r}. All schedules: default, {', '.join(SCHEDULES)}."

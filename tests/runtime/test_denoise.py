@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from latentrt.runtime import BackendError, ModelSpec, Pipeline, TensorSpec, guided, to_uint8
+from latentrt.runtime import BackendError, ModelSpec, Pipeline, TensorSpec, to_uint8
+from latentrt.runtime.conditioning import Rows
+from latentrt.runtime.denoise import Denoiser
+from latentrt.runtime.guidance import Guidance
 from latentrt.runtime.sampler_loop import Evaluation
 from latentrt.runtime.specs import Array
 
@@ -35,8 +38,30 @@ def evaluation(rows: int = 2) -> Evaluation:
     return Evaluation(sample=sample, sigma=1.0, timestep=500.0, step_index=3, latents=sample)
 
 
-def embeddings(value: float, rows: int = 2) -> np.ndarray:
-    return np.full((rows, 77, 8), value, dtype=np.float32)
+class Told:
+    """Two images, whose prompts and negative prompts are embeddings of one value each."""
+
+    def __init__(self, value: float, negative: float | None = None) -> None:
+        self.value, self.negative = value, negative
+
+    def at(self, position: int, *, guided: bool) -> tuple[Rows, ...]:
+        values = [self.value] * 2 if not guided else [self.negative] * 2 + [self.value] * 2
+        return (
+            Rows(
+                images=np.arange(2),
+                owner=np.arange(2),
+                weights=np.ones(2, np.float32),
+                negatives=2 if guided else 0,
+                hidden=np.stack([np.full((77, 8), value, np.float32) for value in values]),
+                text_embeds=None,
+                time_ids=None,
+            ),
+        )
+
+
+def guided(unet: Any, value: float, negative: float | None, scale: float) -> Denoiser:
+    guidance = Guidance(scale=scale if negative is not None else 1.0)
+    return Denoiser(unet=unet, conditioning=Told(value, negative), guidance=guidance, first=0, count=4)
 
 
 def test_pictures_are_rounded_as_diffusers_rounds_them() -> None:
@@ -50,7 +75,7 @@ def test_pictures_are_rounded_as_diffusers_rounds_them() -> None:
 
 def test_guidance_is_its_formula_in_one_call_of_2b_rows() -> None:
     unet, asked = FakeUnet(), evaluation()
-    found = guided(unet, embeddings(3.0), embeddings(1.0), 5.0)(asked)
+    found = guided(unet, 3.0, 1.0, 5.0)(asked)
     np.testing.assert_allclose(found, asked.sample * (1.0 + 5.0 * (3.0 - 1.0)), rtol=1e-6)
     assert len(unet.calls) == 1
     assert unet.calls[0]["sample"].shape[0] == 4
@@ -59,7 +84,7 @@ def test_guidance_is_its_formula_in_one_call_of_2b_rows() -> None:
 
 def test_without_guidance_a_call_has_b_rows() -> None:
     unet, asked = FakeUnet(), evaluation()
-    found = guided(unet, embeddings(3.0), None, 5.0)(asked)
+    found = guided(unet, 3.0, None, 5.0)(asked)
     np.testing.assert_allclose(found, asked.sample * 3.0, rtol=1e-6)
     assert unet.calls[0]["sample"].shape[0] == 2
 
@@ -68,7 +93,8 @@ def test_without_guidance_a_call_has_b_rows() -> None:
 def test_guidance_of_1_and_below_is_off(shapes_bundle: Path, guidance: float, rows: int) -> None:
     """It costs half, and the picture is the same: only the rows tell."""
     unet = FakeUnet(value=0.01)
-    pipe = dataclasses.replace(Pipeline.load(shapes_bundle), unet=unet)
+    pipe = Pipeline.load(shapes_bundle)
+    pipe.model.components._open["unet"] = unet
     pipe("a red circle", sampler="Euler", steps=2, guidance=guidance)
     assert {call["sample"].shape[0] for call in unet.calls} == {rows}
 
@@ -77,11 +103,11 @@ def test_guidance_of_1_and_below_is_off(shapes_bundle: Path, guidance: float, ro
 def test_the_timestep_has_the_graphs_shape(shape: tuple[int | str, ...], wanted: tuple[int, ...]) -> None:
     """optimum exports a scalar."""
     unet = FakeUnet(shape)
-    guided(unet, embeddings(1.0), None, 1.0)(evaluation())
+    guided(unet, 1.0, None, 1.0)(evaluation())
     assert unet.calls[0]["timestep"].shape == wanted
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_stops_the_run(value: float) -> None:
     with pytest.raises(BackendError, match="step 3"):
-        guided(FakeUnet(value=value), embeddings(1.0), None, 1.0)(evaluation())
+        guided(FakeUnet(value=value), 1.0, None, 1.0)(evaluation())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from latentrt.runtime.errors import ConfigError
-from latentrt.runtime.noise_schedule import _IRRELEVANT, _ONLY, _READ, NoiseSchedule
+from latentrt.runtime.noise_schedule import NoiseSchedule
 
 # diffusers hands NumPy 2 torch tensors in a way that torch does not take yet.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -95,8 +95,8 @@ def test_reads_the_config_of_stable_diffusion() -> None:
     assert schedule.steps_offset == 1
     assert schedule.prediction_type == "epsilon"
     assert schedule.timestep_spacing is None
-    assert schedule.set_alpha_to_one is False
-    assert schedule.skip_prk_steps
+    assert schedule.options["set_alpha_to_one"] is False
+    assert schedule.options["skip_prk_steps"] is True
 
 
 @pytest.mark.parametrize("class_name", [*CLASSES, "UniPCMultistepScheduler", "HeunDiscreteScheduler"])
@@ -112,30 +112,9 @@ def test_reads_what_diffusers_saves(class_name: str, tmp_path: Path) -> None:
     assert schedule.prediction_type == saved.config.prediction_type
 
 
-def test_every_option_of_the_supported_classes_is_known() -> None:
-    for name in CLASSES:
-        cls = getattr(diffusers, name)
-        assert cls._get_init_keys(cls) - {"self", "kwargs"} <= {*_READ, *_ONLY, *_IRRELEVANT}
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("clip_sample", True),
-        ("thresholding", True),
-        ("algorithm_type", "sde-dpmsolver++"),
-        ("solver_order", 3),
-        ("solver_type", "heun"),
-        ("use_beta_sigmas", True),
-        ("use_lu_lambdas", True),
-        ("use_flow_sigmas", True),
-        ("interpolation_type", "log_linear"),
-        ("timestep_type", "continuous"),
-        ("sigma_min", 0.002),
-        ("sigma_max", 80.0),
-        ("lambda_min_clipped", -5.1),
-        ("variance_type", "learned_range"),
-        ("prediction_type", "flow_prediction"),
         ("timestep_spacing", "uniform"),
         ("beta_schedule", "laplace"),
         ("final_sigmas_type", "one"),
@@ -149,7 +128,6 @@ def test_every_option_of_the_supported_classes_is_known() -> None:
         ("trained_betas", [0.1, 0.2]),
         ("trained_betas", [math.nan] * 1000),
         ("trained_betas", ["a"]),
-        ("skip_prk_steps", "yes"),
         ("an_option_of_tomorrow", 1),
     ],
 )
@@ -158,11 +136,13 @@ def test_an_unsupported_option_is_refused_by_name(name: str, value: Any) -> None
         NoiseSchedule.from_config({name: value})
 
 
+def test_a_rectified_flow_predicts_its_velocity() -> None:
+    assert NoiseSchedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler"}).prediction_type == (
+        "flow_prediction"
+    )
+    assert NoiseSchedule.from_config({"_class_name": "EulerDiscreteScheduler"}).prediction_type == "epsilon"
+
+
 def test_two_sigma_spacings_are_refused() -> None:
     with pytest.raises(ConfigError, match="use_exponential_sigmas"):
         NoiseSchedule.from_config({"use_karras_sigmas": True, "use_exponential_sigmas": True})
-
-
-def test_ddim_without_a_word_on_clipping_would_clip() -> None:
-    with pytest.raises(ConfigError, match="clip_sample"):
-        NoiseSchedule.from_config({"_class_name": "DDIMScheduler"})

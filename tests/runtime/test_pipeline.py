@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from latentrt.runtime import ArtifactError, Pipeline, UsageError, open_bundle
-from latentrt.runtime.tokenizer import PromptTruncatedWarning
 
 PROMPT = "a small red circle on a blue background"
 STEPS = 20
@@ -169,10 +168,10 @@ def test_bad_requests(ours: Pipeline, arguments: dict[str, Any], message: str) -
         ours(PROMPT, **{"steps": 2, **arguments})
 
 
-def test_a_long_prompt_warns_and_still_draws(ours: Pipeline) -> None:
-    with pytest.warns(PromptTruncatedWarning, match="cut"):
-        result = ours("red " * 80, sampler="Euler", steps=1)
-    assert result.images.shape == (1, 128, 128, 3)
+def test_a_long_prompt_is_read_to_its_end(ours: Pipeline) -> None:
+    long = "a circle on a white background" + ", plain" * 80
+    first, second = (ours(long + end, sampler="Euler", steps=2, seed=4).latents for end in (", red", ", blue"))
+    assert np.abs(first - second).max() > 1e-3
 
 
 def test_parameters_are_written_as_web_uis_read_them(ours: Pipeline) -> None:
