@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from latentrt.runtime.errors import ArtifactError, UsageError
-from latentrt.runtime.latent_preview import LATENT_RGB_FILE, fit_latent_rgb
+from latentrt.runtime.latent_preview import LATENT_RGB_FILE
 from latentrt.runtime.manifest import MANIFEST, Artifact, Manifest, load_manifest
 
 from .bundle_update import update_bundle
 from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint_weights import load_extras, load_pipeline
 from .export_plan import PRECISIONS, Planned, graph_path, plan_exports
+from .latent_colours import fit_colours
 from .opset import checked_opset
-from .parity import Case
 from .staging import check_bundle_path, staging_folder
 
 Report = Callable[[str], None]
@@ -126,7 +124,8 @@ def _build(
     report("sampling with PyTorch for real inputs")
     extras = load_extras(checkpoint)
     cases = capture_cases(pipeline, extras)
-    _write_latent_rgb(folder / LATENT_RGB_FILE, cases["vae_decoder"][0], pipeline.vae.config)
+    (folder / LATENT_RGB_FILE).parent.mkdir(parents=True, exist_ok=True)
+    (folder / LATENT_RGB_FILE).write_text(fit_colours(pipeline.vae).to_json())
     components = components_of(pipeline, extras)
     built: dict[tuple[str, str], tuple[Artifact, float]] = {}
     for name in checkpoint.components:
@@ -155,14 +154,6 @@ def _build(
             artifact = _artifact(plans["fp16"], folder, parity, options, components[name].parameters)
             built[name, "fp16"] = artifact, time.perf_counter() - started
     return built
-
-
-def _write_latent_rgb(path: Path, decoded: Case, config: Any) -> None:
-    """Fit the colours of previews on what the VAE decoded."""
-    latents = decoded.feeds["latent_sample"].astype(np.float32) * np.float32(config.scaling_factor)
-    pictures = np.clip(decoded.expected["sample"].astype(np.float32), -1, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(fit_latent_rgb(latents, pictures).to_json())
 
 
 def _borrow_current(

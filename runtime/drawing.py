@@ -110,7 +110,7 @@ def prepare(
     plan = plan_request(model, request)
     start, plan = start_run(model, request, noise, plan, images, (height, width), clean)
     guidance = Guidance(
-        scale=request.guidance,
+        scale=model.facts.default_guidance if request.guidance is None else request.guidance,
         end=request.guidance_end,
         curve=request.guidance_curve,
         # As in diffusers, an editing model is guided only where both scales ask for it.

@@ -74,7 +74,9 @@ def generate(
         str | None, typer.Option(help="Noise levels: karras, exponential, beta, sgm_uniform, ays, leading, trailing…")
     ] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 and below switch it off.")] = 7.5,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance, 1 and below off; default 7.5, SDXL 5.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Image i of a batch uses seed + i.")] = 0,
     batch: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 1,
     width: Annotated[int | None, typer.Option(help=SIZE_HELP)] = None,
@@ -140,6 +142,9 @@ def generate(
     refiner_switch: Annotated[
         float, typer.Option(help="Share of the noise levels after which it takes over.", rich_help_panel=_SDXL)
     ] = 0.8,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE for any other attribute of `Request`.")
+    ] = None,
     preview: Annotated[Path | None, typer.Option(help="File to keep writing a small preview to while drawing.")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds after which to give up.")] = None,
     quality: Annotated[int, typer.Option(help="Of JPEG and WebP.")] = 95,
@@ -190,6 +195,7 @@ def generate(
         "tile": tile,
         "original_size": read_size("original-size", original_size),
         "crop": read_size("crop", crop) or (0, 0),
+        **read_settings(setting or ()),
     }
     drawing = _Drawing(texts, output, batch, preview, deadline, quality)
     loading = {"precision": precision, "backend": backend, "textual_inversions": embedding or ()}

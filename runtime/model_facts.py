@@ -52,6 +52,13 @@ class ModelFacts:
         return self.time_ids > 0
 
     @property
+    def default_guidance(self) -> float:
+        """The scale that diffusers' pipeline of this family has if none is given."""
+        if self.time_cond_width:
+            return 8.5
+        return 5.0 if self.is_sdxl and not self.is_inpainting else 7.5
+
+    @property
     def is_inpainting(self) -> bool:
         """Whether the U-Net takes a mask and a masked picture beside the latents."""
         return self.unet_channels == 2 * self.latent_channels + 1

@@ -149,6 +149,8 @@ class Pipeline:
         """
         request = request_of(prompt, settings)
         model, began = self.model, time.perf_counter()
+        if request.guidance is None:
+            request = request.replace(guidance=model.facts.default_guidance)
 
         def watched(steps: Generator[StepInfo, None, Floats]) -> Generator[StepInfo, None, Floats]:
             left = True

@@ -76,12 +76,13 @@ class Request:
         sigmas: falling noise levels instead, the last that of the result.
         eta: stochasticity of samplers that have it; default the sampler's own.
         sampler_options: further options of the sampler, by diffusers' names.
-        guidance: scale of classifier-free guidance; 1 and below switch it off.
+        guidance: scale of classifier-free guidance; 1 and below switch it off. Default as in diffusers: 7.5,
+            5 for SDXL, 8.5 for distilled models.
         guidance_rescale: phi of Lin et al. 2023, against overexposure; 0 is off.
         guidance_interval: shares of the steps between which guidance is on (Kynkäänniemi et al. 2024).
         guidance_end: scale at the last step; the scale goes there from `guidance` as `guidance_curve` says.
         guidance_curve: "linear" or "cosine", with `guidance_end`.
-        image_guidance: how closely an editing model (InstructPix2Pix) keeps to the image.
+        image_guidance: how closely an editing model (InstructPix2Pix) keeps to the image; below 1 nothing is guided.
         seed: of the first picture; picture i has seed + i. Or one for each.
         rng: whose random numbers: "cpu" and "cuda" are PyTorch's, "numpy" NumPy's.
         gpu: for "cuda": the GPU whose numbers they are (they differ for large pictures only).
@@ -98,7 +99,7 @@ class Request:
         crop: SDXL: (top, left) of the crop it pretends to be.
         target_size: SDXL: (height, width) it pretends to have.
         negative_original_size: likewise for the negative prompt; default as for the prompt.
-        negative_crop: likewise.
+        negative_crop: likewise; (0, 0) for the refiner, and beside both negative sizes.
         negative_target_size: likewise.
         aesthetic_score: SDXL refiner.
         negative_aesthetic_score: SDXL refiner.
@@ -126,7 +127,7 @@ class Request:
     sigmas: Sequence[float] | None = None
     eta: float | None = None
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
-    guidance: float = 7.5
+    guidance: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_end: float | None = None
@@ -171,7 +172,7 @@ class Request:
             raise UsageError("prompt: expected at least one, got none.")
         self.negatives()
         _whole("batch", self.batch, 1)
-        if not math.isfinite(self.guidance):
+        if self.guidance is not None and not math.isfinite(self.guidance):
             raise UsageError(f"guidance: expected a finite number, got {self.guidance}. 5 to 8 are usual.")
         for name in ("guidance_rescale", "strength", "variation_strength", "denoising_start", "denoising_end"):
             _share(name, getattr(self, name))

@@ -12,7 +12,7 @@ from .noise import NoiseSource, batch_noise, batch_seeds
 from .opened_model import Model
 from .pixels import load_image, load_mask, to_sample
 from .request import Request
-from .sampler_names import resolve_sampler
+from .sampler_names import resolve_sampler, resolve_schedule
 from .sampling_plan import SamplingPlan, plan_sampling
 from .start_latents import (
     Start,
@@ -85,13 +85,13 @@ def plan_request(model: Model, request: Request) -> SamplingPlan:
         UsageError: the sampler, the spacing or an option is not possible.
         ConfigError: the checkpoint's schedule is not possible with the sampler.
     """
-    schedule = request.schedule
-    if schedule in ("ays", "align_your_steps", "Align Your Steps") and model.facts.is_sdxl:
-        schedule = "ays_sdxl"
     options = dict(request.sampler_options)
     if request.eta is not None:
         options["eta"] = request.eta
     sampler = resolve_sampler(request.sampler or model.default_sampler)
+    schedule = resolve_schedule(request.schedule) or sampler.schedule
+    if schedule == "ays" and model.facts.is_sdxl:
+        schedule = "ays_sdxl"
     return plan_sampling(
         model.schedules.of(sampler),
         sampler,
@@ -124,8 +124,10 @@ def start_run(
         raise UsageError("mask: expected none for this editing checkpoint, got one. It edits the whole picture.")
     if request.strength is not None and facts.is_editing:
         raise UsageError("strength: expected none for this editing checkpoint, got one. Set image_guidance instead.")
-    if given is not None and request.image is not None and request.denoising_start is None:
+    if given is not None and request.image is not None:
         raise UsageError("latents: expected none beside an image, got both. Give one to start from.")
+    if request.strength is not None and request.image is None and given is None and clean is None:
+        raise UsageError("strength: expected an image or latents beside it, got none. Give one to start from.")
     if request.denoising_start is not None and given is not None:
         return Start(given), share_steps(plan, request.denoising_start, request.denoising_end)
     if clean is None and given is not None and request.strength is not None:

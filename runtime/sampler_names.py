@@ -42,8 +42,11 @@ def _by_key(specs: Sequence[SamplerSpec]) -> Mapping[str, SamplerSpec]:
     """By every spelling. The first of a class is the one that the class's name stands for."""
     table: dict[str, SamplerSpec] = {}
     for spec in specs:
-        for spelling in (spec.name, spec.label, *spec.aliases, *([spec.scheduler] if spec.scheduler else [])):
-            table.setdefault(_key(spelling), spec)
+        own = replace(spec, preset={**spec.preset, **spec.named}) if spec.named else spec
+        for spelling in (spec.name, spec.label, *spec.aliases):
+            table.setdefault(_key(spelling), own)
+        if spec.scheduler is not None:
+            table.setdefault(_key(spec.scheduler), spec)
     return MappingProxyType(table)
 
 

@@ -45,6 +45,8 @@ class SamplerSpec:
         model: how the model's output is to be read, if not by `space` and the schedule's prediction type.
         correction: how denoised latents are changed, from the options; None for no change.
         preset: values of options that belong to the name, such as sde-dpmsolver++ for DPM++ 2M SDE.
+        named: values that its own names stand for, whatever a config says; asked for by diffusers' class, the config's
+            count.
         schedule: spacing that came with the name, as in "DPM++ 2M Karras"; None leaves it to the checkpoint.
     """
 
@@ -66,6 +68,7 @@ class SamplerSpec:
     model: Callable[[NoiseSchedule, Mapping[str, Any]], Parametrisation] | None = None
     correction: Callable[[Mapping[str, Any]], Correction | None] | None = None
     preset: Mapping[str, Any] = field(default_factory=dict)
+    named: Mapping[str, Any] = field(default_factory=dict)
     schedule: str | None = None
 
 

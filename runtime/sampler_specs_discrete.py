@@ -146,7 +146,7 @@ DISCRETE_SAMPLERS: tuple[SamplerSpec, ...] = (
         quantity="output",
         spacings=(),
         reads=frozenset({"rescale_betas_zero_snr"}),
-        options={**_DISTILLED, "eta": number(0.3, 0, 1, in_config=False, to="steps")},
+        options={**_DISTILLED, "eta": number(0.0, 0, 1, in_config=False, to="steps")},
         takes_noise=with_eta,
         from_schedule=reads_output,
         model=variance_preserving,

@@ -130,7 +130,7 @@ _EDM = SamplerSpec(
 )
 
 DPM_SAMPLERS: tuple[SamplerSpec, ...] = (
-    _MULTISTEP,
+    replace(_MULTISTEP, named={"algorithm_type": "dpmsolver++", "solver_order": 2}),
     _multistep_sde("dpmpp_2m_sde", "DPM++ 2M SDE", "dpmpp_2m_sde_gpu", solver_type="midpoint"),
     _multistep_sde("dpmpp_2m_sde_heun", "DPM++ 2M SDE Heun", "dpmpp_2m_sde_heun_gpu", solver_type="heun"),
     _multistep("dpmpp_3m", "DPM++ 3M", "dpmsolver++", 3),

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -18,14 +17,13 @@ import transformers
 from families import FAMILIES, Sources, sd15
 from safetensors.torch import load_file
 
-from latentrt.export import exporter, graph_builder
+from latentrt.export import graph_builder
 from latentrt.export import to_onnx as to_onnx_module
 from latentrt.export.checkpoint import open_checkpoint
 from latentrt.export.checkpoint_weights import libraries_quiet
 from latentrt.export.component import Component
 from latentrt.export.export_plan import graph_path
 from latentrt.export.exporter import export_checkpoint
-from latentrt.export.parity import Case
 from latentrt.export.shared_weights import files_of, save_sharing
 from latentrt.runtime.bundle import open_bundle
 from latentrt.runtime.cli import main
@@ -489,19 +487,6 @@ def test_without_external_data_or_with_other_weights_nothing_is_shared(
     to_onnx_module.save_onnx(ir.load(bundle / "vae_decoder/model.onnx"), other)
     files = save_sharing(ir.load(bundle / "unet/control.onnx"), path, other)
     assert files == (path, tmp_path / "control.onnx_data")
-
-
-def test_the_colours_of_previews_are_fitted_to_the_loops_latents(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    latents = generator.standard_normal((2, 4, 5, 6)).astype(np.float32)
-    weights = generator.uniform(-0.1, 0.1, (4, 3)).astype(np.float32)
-    colours = np.einsum("bchw,cr->brhw", latents, weights) + np.array([0.1, 0.2, -0.3], np.float32)[:, None, None]
-    pictures = np.kron(colours, np.ones((1, 1, 8, 8), np.float32))
-    case = Case("final latents", {"latent_sample": latents / np.float32(0.13025)}, {"sample": pictures})
-    exporter._write_latent_rgb(tmp_path / "x/latent_rgb.json", case, SimpleNamespace(scaling_factor=0.13025))
-    fitted = LatentRgb.from_json((tmp_path / "x/latent_rgb.json").read_text())
-    np.testing.assert_allclose(fitted.weights, weights, atol=1e-5)
-    np.testing.assert_allclose(fitted.bias, [0.1, 0.2, -0.3], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl_base"])

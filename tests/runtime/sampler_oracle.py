@@ -153,6 +153,9 @@ def check_parity(
     dtype = np.float64 if double else dtype
     spec = resolve_sampler(sampler)
     assert spec.scheduler is not None
+    if spec.name == "tcd" and "eta" not in (options or {}):
+        # The default of the scheduler's `step`; ours is 0, what diffusers' pipelines pass.
+        options, step_options = {**(options or {}), "eta": 0.3}, {**(step_options or {}), "eta": 0.3}
     scheduler = build(spec.scheduler, config) if scheduler is None else scheduler
     scheduler.set_timesteps(**({"num_inference_steps": count} if set_timesteps is None else dict(set_timesteps)))
     plan = plan_sampling(NoiseSchedule.from_config(config), spec, count, options=options, **dict(set_timesteps or {}))

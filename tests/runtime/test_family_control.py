@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from family_oracle import OTHER, PROMPT, image_of, sibling, square, stripes
+from family_oracle import OTHER, PROMPT, image_of, rectangle, sibling, square, stripes
 from task_oracle import compare, diffusers_pipeline, record_diffusers, record_ours, relative_l2, watched
 
 from latentrt.runtime import Control, Pipeline, UsageError
@@ -185,6 +185,20 @@ def test_from_an_image(guidance: float, ours: Pipeline, one: Any) -> None:
     found = record_ours(
         ours, PROMPT, image=square(64, 96), strength=0.7, guidance=guidance, controls=controls(((0.9, 0.2, 0.8),)),
         **{**SETTINGS, "steps": 7},
+    )  # fmt: skip
+    compare(found, wanted)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_inpainting(strength: float, ours: Pipeline, one: Any) -> None:
+    pipe = sibling(one, "StableDiffusionControlNetInpaintPipeline", controlnet=one.controlnet)
+    wanted = record_diffusers(
+        pipe, image=image_of(square(64, 96)), mask_image=image_of(rectangle(64, 96)), control_image=image_of(LINES),
+        strength=strength, guidance_scale=6.0, **ARGUMENTS, **theirs(((0.9, 0.2, 0.8),)),
+    )  # fmt: skip
+    found = record_ours(
+        ours, PROMPT, image=square(64, 96), mask=rectangle(64, 96), strength=strength, guidance=6.0,
+        controls=controls(((0.9, 0.2, 0.8),)), **SETTINGS,
     )  # fmt: skip
     compare(found, wanted)
 

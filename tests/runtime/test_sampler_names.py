@@ -78,10 +78,18 @@ def test_no_name_stands_for_two_samplers() -> None:
     names = [spec.name for spec in SAMPLERS]
     assert len(set(names)) == len(names)
     for spec in SAMPLERS:
-        assert resolve_sampler(spec.name) is spec
-        assert resolve_sampler(spec.label) is spec
-        for alias in spec.aliases:
-            assert resolve_sampler(alias) is spec, alias
+        for spelling in (spec.name, spec.label, *spec.aliases):
+            assert resolve_sampler(spelling).name == spec.name, spelling
+
+
+def test_a_name_stands_for_its_own_method_and_a_class_for_what_its_config_says() -> None:
+    config = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++", "solver_order": 3}
+    schedule = NoiseSchedule.from_config(config)
+    by_class = plan_sampling(schedule, resolve_sampler("DPMSolverMultistepScheduler"), 5).options
+    assert (by_class["algorithm_type"], by_class["solver_order"]) == ("sde-dpmsolver++", 3)
+    by_name = plan_sampling(schedule, resolve_sampler("DPM++ 2M"), 5)
+    assert (by_name.options["algorithm_type"], by_name.options["solver_order"]) == ("dpmsolver++", 2)
+    assert not by_name.takes_noise
 
 
 @pytest.mark.parametrize(

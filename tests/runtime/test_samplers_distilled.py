@@ -152,7 +152,7 @@ def test_gamma_of_tcd_is_multiplied_in_float32(eta: float, timestep: int) -> Non
         ("ddim", {}),
         ("ddpm", {}),
         ("lcm", {}),
-        ("tcd", {}),
+        ("tcd", {"eta": 0.3}),
         ("tcd", {"eta": 0.0}),
         ("flow_heun", {"s_churn": 4.0}),
         ("flow_euler", {}),

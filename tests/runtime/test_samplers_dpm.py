@@ -28,6 +28,9 @@ from latentrt.runtime.steps import Steps
 # diffusers warns of its algorithm types dpmsolver and sde-dpmsolver, which go on working.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
 
+# By this name the config's options decide; "DPM++ 2M" is the second-order method whatever a config says.
+CLASS = "DPMSolverMultistepScheduler"
+
 # exp(-2h) - 1 and sqrt(1 - exp(-2h)) of steps that are close lose digits in diffusers' float32: 3e-5 was measured.
 STOCHASTIC = 5 * BOUND
 
@@ -41,18 +44,18 @@ def test_every_option_of_diffusers_is_known(spec: SamplerSpec) -> None:
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_dpmpp_2m(spacing: str, prediction_type: str) -> None:
-    check("dpmpp_2m", config_of(spacing, prediction_type=prediction_type), (1, 2, 5, 13, 20, 50))
+    check(CLASS, config_of(spacing, prediction_type=prediction_type), (1, 2, 5, 13, 20, 50))
 
 
 @pytest.mark.parametrize("spacing", ["leading", "karras", "beta"])
 @pytest.mark.parametrize(
     ("sampler", "options"),
     [
-        ("DPMSolverMultistepScheduler", {"solver_order": 1}),
+        (CLASS, {"solver_order": 1}),
         ("dpmpp_3m", {}),
-        ("dpmpp_2m", {"solver_type": "heun"}),
-        ("dpmpp_2m", {"solver_type": "bh2"}),
-        ("dpmpp_2m", {"algorithm_type": "deis", "final_sigmas_type": "sigma_min"}),
+        (CLASS, {"solver_type": "heun"}),
+        (CLASS, {"solver_type": "bh2"}),
+        (CLASS, {"algorithm_type": "deis", "final_sigmas_type": "sigma_min"}),
     ],
 )
 def test_orders_and_types(sampler: str, options: dict[str, Any], spacing: str) -> None:
@@ -99,7 +102,7 @@ def test_final_steps(spacing: str, solver_order: int, lower_order_final: bool, e
     ends = {"lower_order_final": lower_order_final, "euler_at_final": euler_at_final, "solver_order": solver_order}
     for final_sigmas_type in ("sigma_min", "zero"):
         config = config_of(spacing, final_sigmas_type=final_sigmas_type, **ends)
-        check("dpmpp_2m", config, (1, 2, 14, 15), slices=((14, 11),), bound=None)
+        check(CLASS, config, (1, 2, 14, 15), slices=((14, 11),), bound=None)
 
 
 @pytest.mark.parametrize("final_sigmas_type", ["zero", "sigma_min"])
@@ -114,38 +117,36 @@ def test_flow(options: dict[str, Any], final_sigmas_type: str) -> None:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
 def test_flow_levels_with_a_model_of_noise(prediction_type: str) -> None:
-    check("dpmpp_2m", config_of("flow") | {"prediction_type": prediction_type}, (5, 20))
+    check(CLASS, config_of("flow") | {"prediction_type": prediction_type}, (5, 20))
 
 
 def test_dynamic_shift() -> None:
     config = config_of("flow", use_dynamic_shifting=True)
     scheduler = build("DPMSolverMultistepScheduler", config)
     scheduler.set_timesteps = functools.partial(scheduler.set_timesteps, mu=0.7)
-    check_parity("dpmpp_2m", config, 8, scheduler=scheduler, options={"mu": 0.7})
+    check_parity(CLASS, config, 8, scheduler=scheduler, options={"mu": 0.7})
     unshifted = NoiseSchedule.from_config(config_of("flow"))
     with pytest.raises(UsageError, match=r"^mu: expected none"):
-        plan_sampling(unshifted, resolve_sampler("dpmpp_2m"), 8, options={"mu": 0.7})
+        plan_sampling(unshifted, resolve_sampler(CLASS), 8, options={"mu": 0.7})
 
 
 @pytest.mark.parametrize("steps_offset", [0, 1])
 @pytest.mark.parametrize("count", [7, 13, 33])
 def test_steps_offset(count: int, steps_offset: int) -> None:
-    check(
-        "dpmpp_2m", config_of("leading", steps_offset=steps_offset), (count,), slices=((count, 1), (count, count - 1))
-    )
+    check(CLASS, config_of("leading", steps_offset=steps_offset), (count,), slices=((count, 1), (count, count - 1)))
 
 
 @pytest.mark.parametrize("beta_schedule", ["scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("spacing", ["karras", "exponential", "beta"])
 def test_timesteps_are_rounded_by_the_beta_schedule(beta_schedule: str, spacing: str) -> None:
     config = config_of(spacing, beta_schedule=beta_schedule, prediction_type="v_prediction")
-    check("dpmpp_2m", config, (25,), slices=())
+    check(CLASS, config, (25,), slices=())
 
 
 @pytest.mark.parametrize("beta_schedule", ["scaled_linear", "squaredcos_cap_v2"])
 def test_lu_lambdas(beta_schedule: str) -> None:
     config = config_of("linspace", use_lu_lambdas=True, beta_schedule=beta_schedule, prediction_type="v_prediction")
-    check("dpmpp_2m", config)
+    check(CLASS, config)
 
 
 @pytest.mark.parametrize("lambda_min_clipped", [-5.1, "-Infinity"])
@@ -154,15 +155,15 @@ def test_clipped_lambdas(spacing: str, lambda_min_clipped: Any) -> None:
     config = config_of(spacing, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     scheduler = build("DPMSolverMultistepScheduler", config | {"lambda_min_clipped": float(lambda_min_clipped)})
     for count in (5, 20):
-        check_parity("dpmpp_2m", config | {"lambda_min_clipped": lambda_min_clipped}, count, scheduler=scheduler)
+        check_parity(CLASS, config | {"lambda_min_clipped": lambda_min_clipped}, count, scheduler=scheduler)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
 def test_zero_terminal_snr(spacing: str) -> None:
-    check("dpmpp_2m", config_of(spacing, rescale_betas_zero_snr=True, prediction_type="v_prediction"))
+    check(CLASS, config_of(spacing, rescale_betas_zero_snr=True, prediction_type="v_prediction"))
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpm_solver_2"])
+@pytest.mark.parametrize("sampler", [CLASS, "dpm_solver_2"])
 def test_thresholding(sampler: str) -> None:
     preset = resolve_sampler(sampler).preset
     config = config_of("leading", thresholding=True, sample_max_value=1.5, final_sigmas_type="sigma_min", **preset)
@@ -172,8 +173,8 @@ def test_thresholding(sampler: str) -> None:
 def test_trained_betas() -> None:
     betas = np.geomspace(1e-4, 0.02, 700).tolist()
     config = {"trained_betas": betas, "num_train_timesteps": 700}
-    check("dpmpp_2m", config, (5, 20))
-    check("dpmpp_2m", config | {"use_karras_sigmas": True}, (5, 20))
+    check(CLASS, config, (5, 20))
+    check(CLASS, config | {"use_karras_sigmas": True}, (5, 20))
 
 
 @pytest.mark.parametrize("final_sigmas_type", ["zero", "sigma_min"])
@@ -184,13 +185,13 @@ def test_trained_betas() -> None:
 )
 def test_timesteps_of_the_user(timesteps: list[int], bound: float, final_sigmas_type: str) -> None:
     config = config_of("leading", final_sigmas_type=final_sigmas_type)
-    check("dpmpp_2m", config, (0,), slices=(), bound=bound, set_timesteps={"timesteps": timesteps})
+    check(CLASS, config, (0,), slices=(), bound=bound, set_timesteps={"timesteps": timesteps})
 
 
 def test_a_slice_without_the_end_takes_its_order_from_the_whole() -> None:
     """As where a refiner takes over: diffusers does not lower the order of the last step before."""
     schedule = NoiseSchedule.from_config(config_of("leading"))
-    plan = plan_sampling(schedule, resolve_sampler("dpmpp_2m"), 10)
+    plan = plan_sampling(schedule, resolve_sampler(CLASS), 10)
     latents = np.random.default_rng(0).standard_normal((1, 4, 4, 4), np.float32)
 
     def results(steps: Steps) -> list[Array]:
@@ -201,14 +202,14 @@ def test_a_slice_without_the_end_takes_its_order_from_the_whole() -> None:
 
 
 REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
-    ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "zero"}, "final_sigmas_type: expected sigma"),
-    ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver", "solver_order": 3}, "solver_order: expected 1 or 2"),
-    ("dpmpp_2m", {"solver_order": 4}, "solver_order: expected a whole number from 1 to 3, got 4"),
-    ("dpmpp_2m", {"solver_type": "euler"}, "solver_type: expected 'midpoint' or 'heun'"),
-    ("dpmpp_2m", {"variance_type": "learned_range"}, "variance_type: expected None or 'fixed_small'"),
-    ("dpmpp_2m", {"prediction_type": "flow_prediction"}, "use_flow_sigmas: expected true"),
-    ("dpmpp_2m", {"use_flow_sigmas": True, "prediction_type": "v_prediction"}, "prediction_type: expected flow"),
-    ("dpmpp_2m", {"use_flow_sigmas": True, "time_shift_type": "linear"}, "time_shift_type: expected 'exponential'"),
+    (CLASS, {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "zero"}, "final_sigmas_type: expected sigma"),
+    (CLASS, {"algorithm_type": "sde-dpmsolver", "solver_order": 3}, "solver_order: expected 1 or 2"),
+    (CLASS, {"solver_order": 4}, "solver_order: expected a whole number from 1 to 3, got 4"),
+    (CLASS, {"solver_type": "euler"}, "solver_type: expected 'midpoint' or 'heun'"),
+    (CLASS, {"variance_type": "learned_range"}, "variance_type: expected None or 'fixed_small'"),
+    (CLASS, {"prediction_type": "flow_prediction"}, "use_flow_sigmas: expected true"),
+    (CLASS, {"use_flow_sigmas": True, "prediction_type": "v_prediction"}, "prediction_type: expected flow"),
+    (CLASS, {"use_flow_sigmas": True, "time_shift_type": "linear"}, "time_shift_type: expected 'exponential'"),
     ("dpmpp_2s", {"algorithm_type": "sde-dpmsolver"}, "algorithm_type: expected"),
     ("deis", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type: expected 'deis'"),
     ("uni_pc", {"solver_p": "DDIM"}, "solver_p: expected None"),
@@ -229,7 +230,7 @@ def test_what_is_not_supported_is_refused_by_name(sampler: str, options: dict[st
 
 
 def test_variance_types_of_other_schedulers_are_taken() -> None:
-    check("dpmpp_2m", config_of("leading", variance_type="fixed_small"), (5,))
+    check(CLASS, config_of("leading", variance_type="fixed_small"), (5,))
 
 
 @pytest.mark.parametrize(

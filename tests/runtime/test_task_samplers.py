@@ -63,8 +63,6 @@ DIFFUSERS: dict[str, dict[str, Any]] = {
     "UniPC bh2": {"solver_type": "bh2"},
     "SA-Solver": {},
 }
-# The pipeline passes eta on, 0 unless told otherwise; the scheduler's own default is that of the paper.
-ETA = {"TCD": {"eta": 0.3}}
 OWN = [
     spec.label
     for spec in SAMPLERS
@@ -94,7 +92,7 @@ def test_by_name_and_unguided(name: str, ours: Pipeline, reference: Any) -> None
     spec, options = resolve_sampler(name), DIFFUSERS[name]
     wanted = record_diffusers(
         reference, spec.scheduler, options, prompt=PROMPT, num_inference_steps=STEPS, guidance_scale=1.0, seed=11,
-        **SIZE, **ETA.get(name, {}),
+        **SIZE,
     )  # fmt: skip
     ending = {name: value for name, value in options.items() if name == "final_sigmas_type"}
     pipe = configured(ours, {**dict(reference.scheduler.config), **ending})
@@ -110,7 +108,7 @@ def test_by_config_and_guided(name: str, ours: Pipeline, reference: Any) -> None
     spec, options = resolve_sampler(name), DIFFUSERS[name]
     wanted = record_diffusers(
         reference, spec.scheduler, options, prompt=PROMPT, num_inference_steps=STEPS, guidance_scale=4.0, seed=12,
-        **SIZE, **ETA.get(name, {}),
+        **SIZE,
     )  # fmt: skip
     pipe = configured(ours, scheduler_config(reference, spec.scheduler, options))
     with watched(pipe, "unet") as unet:
