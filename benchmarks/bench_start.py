@@ -35,9 +35,9 @@ print(json.dumps({{"import_s": imported - start, "import_mib": memory,
 
 PROGRAMS = {
     "latentrt": MEASURE.format(
-        imports="import latentrt.runtime",
+        imports="from latentrt.runtime import Pipeline",
         draw="""
-pipe = latentrt.runtime.Pipeline.load({bundle!r})
+pipe = Pipeline.load({bundle!r})
 picture = pipe({prompt!r}, sampler="DPM++ 2M", schedule="karras", steps={steps}, guidance=5.0, seed=42).images[0]
 """,
     ),

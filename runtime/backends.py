@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 from .bundle import Bundle
 from .errors import BackendError, UsageError
 from .session import OnnxSession
 from .specs import Session
+
+_LARGE = 256 << 20
 
 BACKENDS = ("auto", "onnxruntime", "cuda", "tensorrt", "tensorrt_rtx")
 
@@ -29,7 +32,18 @@ def open_session(bundle: Bundle, component: str, precision: str, *, backend: str
     path = bundle.graph(component, precision)
     if backend == "cuda" or (backend == "auto" and _cuda_usable()):
         return OnnxSession(path, providers=("CUDAExecutionProvider", "CPUExecutionProvider"))
-    return OnnxSession(path)
+    return OnnxSession(path, arena=_keeps_memory(component, path))
+
+
+def _keeps_memory(component: str, path: Path) -> bool:
+    """Whether a network keeps its memory between runs: a large one that runs every step.
+
+    What runs once a picture gives it back. A small network's is quickly had again, and an arena, which grows by powers
+    of two, would be a good part of the process.
+    """
+    if component.startswith(("text_encoder", "vae_")):
+        return False
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) >= _LARGE
 
 
 @cache

@@ -20,7 +20,7 @@ from .opened_model import Model
 from .parametrisation import Array, apply_form
 from .pixels import load_image
 from .request import Request
-from .run_start import picture_seeds, picture_size, plan_request, start_run
+from .run_start import check_family, picture_seeds, picture_size, plan_request, start_run
 from .sampler_loop import StepResult
 from .sampling_plan import SamplingPlan, start_sampler
 from .specs import Session
@@ -105,6 +105,7 @@ def prepare(
         BackendError: a network failed.
     """
     facts = model.facts
+    check_family(request, facts)
     height, width = size or picture_size(model, request)
     images = len(request.prompts()) * request.batch
     plan = plan_request(model, request)

@@ -254,7 +254,11 @@ def base_and_refiner(
         UsageError: as in a call, or the two bundles' latents differ.
     """
     request = request_of(prompt, settings)
-    noisy = base(request.replace(denoising_end=switch, decode=False), on_step=on_step)
+    # The scores are the refiner's alone.
+    plain = request.replace(
+        aesthetic_score=Request.aesthetic_score, negative_aesthetic_score=Request.negative_aesthetic_score
+    )
+    noisy = base(plain.replace(denoising_end=switch, decode=False), on_step=on_step)
     rest = request.replace(
         latents=noisy.latents,
         denoising_start=switch,

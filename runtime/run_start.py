@@ -28,6 +28,35 @@ from .start_latents import (
 Floats = NDArray[np.float32]
 
 
+_XL_ONLY = (
+    "prompt_2",
+    "negative_prompt_2",
+    "original_size",
+    "crop",
+    "target_size",
+    "negative_original_size",
+    "negative_crop",
+    "negative_target_size",
+)
+
+
+def check_family(request: Request, facts: ModelFacts) -> None:
+    """Refuse settings that this family of models does not have, rather than ignore them.
+
+    Raises:
+        UsageError: names the setting, and the family that has it.
+    """
+    wrong = {} if facts.is_sdxl else dict.fromkeys(_XL_ONLY, "an SDXL checkpoint")
+    if facts.time_ids != 5:
+        wrong |= dict.fromkeys(("aesthetic_score", "negative_aesthetic_score"), "the SDXL refiner")
+    if not facts.is_editing:
+        wrong["image_guidance"] = "an editing checkpoint (InstructPix2Pix)"
+    for name, family in wrong.items():
+        value, usual = getattr(request, name), getattr(Request, name)
+        if value != usual:
+            raise UsageError(f"{name}: expected {usual!r} but for {family}, got {value!r}. Leave it out.")
+
+
 def picture_size(model: Model, request: Request) -> tuple[int, int]:
     """(height, width) in pixels: as asked for, else the image's or the latents', else what the checkpoint was made for.
 

@@ -77,6 +77,8 @@ class OnnxSession:
         path: the .onnx file; external data is found beside it.
         providers: execution providers, first choice first; default the CPU's.
         threads: intra-op threads; 0 lets ONNX Runtime choose.
+        arena: keep the memory of a run for the next one. Without it the CPU's memory is given back after every run,
+            which suits networks that run once a picture and need much, such as the VAE's decoder.
         model: the graph's bytes, if not those of the file, as with textual inversions added.
 
     Raises:
@@ -90,6 +92,7 @@ class OnnxSession:
         *,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int = 0,
+        arena: bool = True,
         model: bytes | None = None,
     ) -> None:
         ort = import_onnxruntime()
@@ -97,8 +100,9 @@ class OnnxSession:
         if missing := [name for name in providers if name not in offered]:
             raise BackendError(f"onnxruntime: expected provider {missing[0]}, this build offers {offered}.")
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised, and said once
         options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
+        options.enable_cpu_mem_arena = arena
         if model is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:

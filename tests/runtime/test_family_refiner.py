@@ -170,3 +170,10 @@ def test_those_matter(our_refiner: Pipeline) -> None:
 def test_a_share_without_a_step(our_base: Pipeline) -> None:
     with pytest.raises(UsageError, match=r"denoising_end: expected a share of the noise levels with a step in it"):
         our_base(PROMPT, steps=2, denoising_end=0.01)
+
+
+def test_scores_of_a_pair_reach_the_refiner(our_base: Pipeline, our_refiner: Pipeline) -> None:
+    """The base has no such input, and refuses them when it draws alone."""
+    usual = base_and_refiner(our_base, our_refiner, PROMPT, steps=4, **SETTINGS).latents
+    scored = base_and_refiner(our_base, our_refiner, PROMPT, steps=4, aesthetic_score=1.0, **SETTINGS).latents
+    assert relative_l2(scored, usual) > 1e-4
