@@ -174,6 +174,10 @@ def test_a_share_without_a_step(our_base: Pipeline) -> None:
 
 def test_scores_of_a_pair_reach_the_refiner(our_base: Pipeline, our_refiner: Pipeline) -> None:
     """The base has no such input, and refuses them when it draws alone."""
-    usual = base_and_refiner(our_base, our_refiner, PROMPT, steps=4, **SETTINGS).latents
-    scored = base_and_refiner(our_base, our_refiner, PROMPT, steps=4, aesthetic_score=1.0, **SETTINGS).latents
-    assert relative_l2(scored, usual) > 1e-4
+    settings: dict[str, Any] = {"switch": 0.5, "steps": 4, **SETTINGS}
+    usual, same = (base_and_refiner(our_base, our_refiner, PROMPT, **settings).latents for _ in range(2))
+    scored = base_and_refiner(our_base, our_refiner, PROMPT, aesthetic_score=1.0, **settings).latents
+    np.testing.assert_array_equal(same, usual)
+    assert relative_l2(scored, usual) > 2e-5
+    with pytest.raises(UsageError, match=r"^aesthetic_score: expected 6\.0 but for the SDXL refiner"):
+        our_base(PROMPT, aesthetic_score=1.0, **SETTINGS)
