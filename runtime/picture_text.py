@@ -70,29 +70,40 @@ def infotext(request: Request, plan: SamplingPlan, index: int, *, size: tuple[in
     )
 
 
-def picture_record(model: Model, request: Request, index: int, picture: Pictures | None, name: str) -> dict[str, Any]:
-    """What `latentrt replay` needs to make picture `index` again, and to tell whether it did."""
+def picture_records(model: Model, request: Request, pictures: Pictures, name: str) -> tuple[dict[str, Any], ...]:
+    """What `latentrt replay` needs to make each picture again, and to tell whether it did.
+
+    Args:
+        pictures: (n, h, w, 3); none if they were not decoded.
+        name: of the bundle.
+    """
     from importlib.metadata import version  # 25 ms
 
-    which = index // request.batch
     seeds, variations = picture_seeds(request)
-    alone = request.replace(
-        prompt=request.prompts()[which],
-        negative_prompt=request.negatives()[which],
-        batch=1,
-        seed=[seeds[index]] if request.variation_strength else seeds[index],
-        variation_seed=variations[index] if request.variation_strength else None,
-    )
     components = model.components
-    return {
+    common = {
         "latentrt": version("latentrt"),
         "bundle": {"name": name, "sha256": bundle_digest(components.bundle)},
         "textual_inversions": {item.names[0]: item.sha256 for item in model.inversions},
         "precision": components.precision,
         "backend": components["unet"].backend,
-        "request": to_record(alone),
-        "picture": None if picture is None else picture_digest(picture),
     }
+
+    def alone(index: int) -> Request:
+        which = index // request.batch
+        return request.replace(
+            prompt=request.prompts()[which],
+            negative_prompt=request.negatives()[which],
+            batch=1,
+            seed=[seeds[index]] if request.variation_strength else seeds[index],
+            variation_seed=variations[index] if request.variation_strength else None,
+        )
+
+    digests: list[str | None] = [picture_digest(picture) for picture in pictures]
+    return tuple(
+        {**common, "request": to_record(alone(index)), "picture": digest}
+        for index, digest in enumerate(digests or [None] * len(seeds))
+    )
 
 
 def recorded(record: Mapping[str, Any], *names: str) -> Any:

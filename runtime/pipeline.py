@@ -19,9 +19,9 @@ from .image import Pictures
 from .latents import check_pictures, decode_latents
 from .model_facts import read_facts, read_schedules
 from .opened_model import Model
-from .picture_text import infotext, picture_record
+from .picture_text import infotext, picture_records
 from .request import Request, Text, request_of
-from .run_start import picture_seeds, plan_request, request_noise
+from .run_start import picture_seeds, request_noise
 from .start_latents import unscale_latents
 from .textual_inversion import TextualInversion, load_textual_inversion
 
@@ -186,7 +186,7 @@ class Pipeline:
             "denoise": denoised - prepared,
             "decode": time.perf_counter() - denoised,
         }
-        return self._result(request, images, latents, first, size, seconds)
+        return self._result(request, images, latents, first, seconds)
 
     def _second_pass(self, request: Request, latents: Floats, first: Pass, size: tuple[int, int]) -> Pass:
         assert request.hires is not None
@@ -215,23 +215,16 @@ class Pipeline:
         images: Pictures,
         latents: Floats,
         first: Pass,
-        size: tuple[int, int],
         seconds: dict[str, float],
     ) -> Result:
-        count = len(latents)
-        plan = plan_request(self.model, request)
-        records = [
-            picture_record(self.model, request, index, images[index] if len(images) else None, self.name)
-            for index in range(count)
-        ]
         return Result(
             images=images,
             latents=latents,
             seeds=tuple(picture_seeds(request)[0]),
             parameters=tuple(
-                infotext(request, plan, index, size=first.size, model=self.name) for index in range(count)
+                infotext(request, first.plan, index, size=first.size, model=self.name) for index in range(len(latents))
             ),
-            records=tuple(records),
+            records=picture_records(self.model, request, images, self.name),
             seconds=seconds,
         )
 

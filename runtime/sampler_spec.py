@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +104,19 @@ CLIPPING: Mapping[str, Option] = {
     "clip_sample": flag(False, to="correct"),
     "clip_sample_range": number(1.0, 0, to="correct"),
 }
+
+CHURN: Mapping[str, Option] = {
+    "s_churn": number(0.0, 0, in_config=False),
+    "s_tmin": number(0.0, 0, in_config=False),
+    "s_tmax": number(math.inf, 0, in_config=False),
+    "s_noise": number(1.0, 0, in_config=False),
+}
+"""Noise added before an evaluation: Algorithm 2 of Karras et al. 2022 (arXiv 2206.00364)."""
+
+
+def with_churn(options: Mapping[str, Any]) -> bool:
+    """For `takes_noise`: whether there is churn."""
+    return bool(options["s_churn"] > 0)
 
 
 def correction_of(options: Mapping[str, Any]) -> Correction | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from .errors import ConfigError
 from .noise_schedule import NoiseSchedule
 from .parametrisation import Parametrisation
 from .sampler_options import Option, flag, number, one_of, whole
-from .sampler_spec import SamplerSpec
+from .sampler_spec import CHURN, SamplerSpec, with_churn
 from .solver_flow import flow_euler, flow_heun
 from .steps_flow import flow_steps
 
@@ -67,14 +66,8 @@ FLOW_SAMPLERS: tuple[SamplerSpec, ...] = (
         space="flow",
         quantity="output",
         spacings=(),
-        options={
-            **_SHIFT,
-            "s_churn": number(0.0, 0, in_config=False),
-            "s_tmin": number(0.0, 0, in_config=False),
-            "s_tmax": number(math.inf, 0, in_config=False),
-            "s_noise": number(1.0, 0, in_config=False),
-        },
-        takes_noise=lambda options: bool(options["s_churn"] > 0),
+        options={**_SHIFT, **CHURN},
+        takes_noise=with_churn,
         model=_velocity,
     ),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ from .errors import ConfigError
 from .noise_schedule import NoiseSchedule
 from .parametrisation import Parametrisation
 from .sampler_options import Option, number, one_of, whole
-from .sampler_spec import CLIPPING, SIGMA_READS, SamplerSpec, correction_of, with_eta
+from .sampler_spec import CHURN, CLIPPING, SIGMA_READS, SamplerSpec, correction_of, with_churn, with_eta
 from .solver_dpm2 import dpm2, dpm2_ancestral
 from .solver_dpm_fast import dpm_fast, dpm_fast_steps
 from .solver_euler import euler, euler_ancestral
@@ -25,20 +24,10 @@ from .steps_k import euler_steps, restart_steps
 # Levels below would be equal in float32 beside those above.
 _LEAST_SIGMA = 1e-6
 
-_CHURN: Mapping[str, Option] = {
-    "s_churn": number(0.0, 0, in_config=False),
-    "s_tmin": number(0.0, 0, in_config=False),
-    "s_tmax": number(math.inf, 0, in_config=False),
-    "s_noise": number(1.0, 0, in_config=False),
-}
 _ANCESTRAL: Mapping[str, Option] = {
     "eta": number(1.0, 0, 1, in_config=False),
     "s_noise": number(1.0, 0, in_config=False),
 }
-
-
-def _with_churn(options: Mapping[str, Any]) -> bool:
-    return bool(options["s_churn"] > 0)
 
 
 def _with_restarts(options: Mapping[str, Any]) -> bool:
@@ -65,13 +54,13 @@ K_SAMPLERS: tuple[SamplerSpec, ...] = (
         steps=euler_steps,
         reads=SIGMA_READS | {"rescale_betas_zero_snr", "final_sigmas_type"},
         options={
-            **_CHURN,
+            **CHURN,
             "sigma_min": number(None, _LEAST_SIGMA, to="steps"),
             "sigma_max": number(None, _LEAST_SIGMA, to="steps"),
             "interpolation_type": one_of("linear", "log_linear", to="steps"),
             "timestep_type": one_of("discrete", "continuous", to="steps"),
         },
-        takes_noise=_with_churn,
+        takes_noise=with_churn,
     ),
     _variance_exploding(
         name="euler_ancestral",
@@ -91,9 +80,9 @@ K_SAMPLERS: tuple[SamplerSpec, ...] = (
         steps=sigma_steps,
         quantity="epsilon",
         reads=SIGMA_READS,
-        options={**_CHURN, **CLIPPING},
+        options={**CHURN, **CLIPPING},
         correction=correction_of,
-        takes_noise=_with_churn,
+        takes_noise=with_churn,
     ),
     _variance_exploding(
         name="dpm_2",
@@ -104,8 +93,8 @@ K_SAMPLERS: tuple[SamplerSpec, ...] = (
         steps=partial(sigma_steps, karras_rounds=True),
         quantity="epsilon",
         reads=SIGMA_READS,
-        options=_CHURN,
-        takes_noise=_with_churn,
+        options=CHURN,
+        takes_noise=with_churn,
     ),
     _variance_exploding(
         name="dpm_2_ancestral",
@@ -200,8 +189,8 @@ K_SAMPLERS: tuple[SamplerSpec, ...] = (
         space="edm",
         reads=frozenset({"final_sigmas_type"}),
         spacings=("karras", "exponential"),
-        options={**_CHURN, **EDM_OPTIONS},
+        options={**CHURN, **EDM_OPTIONS},
         model=edm_model,
-        takes_noise=_with_churn,
+        takes_noise=with_churn,
     ),
 )

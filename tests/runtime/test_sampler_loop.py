@@ -13,12 +13,12 @@ import torch
 from sampler_oracle import BOUND, SHAPE, STABLE_DIFFUSION, build, check_parity, predict, relative_l2
 
 from latentrt.runtime.errors import UsageError
+from latentrt.runtime.noise import batch_noise
 from latentrt.runtime.noise_schedule import NoiseSchedule
 from latentrt.runtime.parametrisation import Array, Parametrisation, alpha_sigma, from_denoised, to_denoised
 from latentrt.runtime.sampler_loop import Evaluation, drive, with_model
 from latentrt.runtime.sampler_names import SAMPLERS, resolve_sampler
 from latentrt.runtime.sampling_plan import SamplingPlan, plan_sampling, start_sampler
-from latentrt.runtime.torch_rng import batch_noise
 
 
 def keys_of(spec: Any) -> set[str]:
