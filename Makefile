@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # PyTorch's CPU build, where pip is set up to find one; a plain `torch` brings gigabytes of CUDA packages.
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test test-fast lint typecheck links bench wheel clean
+.PHONY: install demo test test-fast lint typecheck links bench bench-scale wheel clean
 
 install: $(STAMP)
 
@@ -43,6 +43,10 @@ bench: demo
 	$(BIN)/python benchmarks/bench_start.py --json build/bench_start.json
 	$(BIN)/python benchmarks/bench_samplers.py
 	$(BIN)/python benchmarks/prompt_accuracy.py --bundle build/demo/shapes.bundle --json build/prompt_accuracy.json
+
+# Full size, random weights: an hour on two cores, and 40 GB of disk.
+bench-scale: install
+	$(BIN)/python benchmarks/bench_scale.py --json build/bench_scale.json
 
 wheel: install
 	@rm -rf dist build/lib && mkdir -p build

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from latentrt.runtime.session import OnnxSession
 from latentrt.runtime.specs import Array
+
+from .half_rounding import HalfRoundingPass, session_beside
 
 # Attention masks hold float32's lowest number in place of minus infinity; such stand-ins are no activations.
 MASK_VALUE = 1e37
@@ -18,13 +18,14 @@ _SUFFIX = "::absmax"
 
 
 def activation_ranges(path: Path, feeds: Iterable[Mapping[str, Array]]) -> dict[str, float]:
-    """Run a graph and record max |x| of every float32 tensor a node makes.
+    """Run a graph and record max |x| of every float tensor a node makes.
 
     The maxima are taken inside the graph, so that no intermediate tensor outlives its use: the cost in memory is
-    that of a plain run.
+    that of a plain run. A half-precision graph is run in float32 without its rounding, so that what would overflow
+    shows by how much; its tensors have the names of the fp32 graph it was made from.
 
     Args:
-        path: an fp32 graph.
+        path: a graph in any precision.
         feeds: the inputs of each run.
 
     Returns:
@@ -34,38 +35,42 @@ def activation_ranges(path: Path, feeds: Iterable[Mapping[str, Array]]) -> dict[
         ArtifactError: ONNX Runtime cannot load the graph.
     """
     model = ir.load(path)
+    HalfRoundingPass(rounding=False)(model)
     names = _add_maxima(model)
-    # Beside the original, because that is where its external data is.
-    probe = path.with_name(f".{path.name}.{uuid.uuid4().hex}.probe")
-    try:
-        ir.save(model, probe)
-        session = OnnxSession(probe)
-        ranges = dict.fromkeys(names, 0.0)
-        for feed in feeds:
-            outputs = session(feed)
-            for name in names:
-                # maximum() keeps a NaN, which max() may drop.
-                ranges[name] = float(np.maximum(ranges[name], outputs[name + _SUFFIX]))
-    finally:
-        probe.unlink(missing_ok=True)
+    session = session_beside(model, path)
+    ranges = dict.fromkeys(names, 0.0)
+    for feed in feeds:
+        outputs = session(feed)
+        for name in names:
+            # maximum() keeps a NaN, which max() may drop.
+            ranges[name] = float(np.maximum(ranges[name], outputs[name + _SUFFIX]))
     return ranges
 
 
 def _add_maxima(model: ir.Model) -> list[str]:
+    """Make the maxima of all tensors the graph's outputs, each computed right behind its tensor."""
     graph = model.graph
     limit = ir.Value(name="absmax_limit", const_value=ir.tensor(np.float32(MASK_VALUE), name="absmax_limit"))
     zero = ir.Value(name="absmax_zero", const_value=ir.tensor(np.float32(0), name="absmax_zero"))
     graph.register_initializer(limit)
     graph.register_initializer(zero)
-    values = [v for node in graph for v in node.outputs if v.dtype == ir.DataType.FLOAT and v.name]
+    values = [value for node in graph if not _is_weight(node) for value in node.outputs]
+    values = [value for value in values if value.dtype == ir.DataType.FLOAT and value.name]
     graph.outputs.clear()
     for value in values:
         magnitude = ir.node("Abs", [value])
         masked = ir.node("Greater", [magnitude.outputs[0], limit])
         kept = ir.node("Where", [masked.outputs[0], zero, magnitude.outputs[0]])
         largest = ir.node("ReduceMax", [kept.outputs[0]], attributes={"keepdims": 0})
-        graph.extend([magnitude, masked, kept, largest])
+        producer = value.producer()
+        assert producer is not None
+        graph.insert_after(producer, [magnitude, masked, kept, largest])
         out = largest.outputs[0]
         out.name, out.type, out.shape = f"{value.name}{_SUFFIX}", ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
         graph.outputs.append(out)
     return [str(value.name) for value in values]
+
+
+def _is_weight(node: ir.Node) -> bool:
+    """Whether a node only casts a weight."""
+    return node.op_type == "Cast" and all(value is not None and value.is_initializer() for value in node.inputs)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentrt.runtime.bundle import Bundle, open_bundle
+from latentrt.runtime.bundle import DRAWING, Bundle, open_bundle
 from latentrt.runtime.engine_sidecar import EngineSidecar, ShapeProfile
 from latentrt.runtime.errors import UsageError
 from latentrt.runtime.latents import vae_factor
@@ -34,6 +34,7 @@ class BuildOptions:
 
     Attributes:
         target: `sm86,sm89` (an engine each), `sm86+sm89` (one for both) or `current`.
+        precision: of the graphs; for fp16 the mixed one of a component whose fp16 graph would overflow.
         batch, size, text_chunks: `4`, `1..8` or `1..4..8` (min..opt..max).
         components: which; None for all that text-to-image uses.
         flavour: auto, tensorrt or tensorrt_rtx.
@@ -89,6 +90,7 @@ class _Job:
     """One engine to be built or kept; `made_from` is what its key is the hash of."""
 
     component: str
+    precision: str
     targets: Targets
     graph: Path
     inputs: tuple[TensorSpec, ...]
@@ -128,14 +130,16 @@ def build_engines(
     request, factor = _shapes(bundle, options)
     setting = _Setting(bundle, bundle.manifest, options, machine, flavour, trt, request, factor)
     # Every graph is checked before the first build, which may take minutes.
-    jobs = [job for component in components for job in _jobs(setting, component, engines)]
+    jobs = [job for component, precision in components.items() for job in _jobs(setting, component, precision, engines)]
     return [_run(setting, job, progress) for job in jobs]
 
 
-def _components(bundle: Bundle, manifest: Manifest, options: BuildOptions) -> list[str]:
-    held = [a.component for a in manifest.artifacts if a.precision == options.precision]
+def _components(bundle: Bundle, manifest: Manifest, options: BuildOptions) -> dict[str, str]:
+    """The components to build, each with the precision of its graph."""
+    graphs = {name: bundle.precision_of(name, options.precision) for name in bundle.components()}
+    held = {name: precision for name, precision in graphs.items() if precision is not None}
     if options.components is None:
-        wanted = [name for name in held if name != "vae_encoder"]
+        wanted = [name for name in held if name in DRAWING]
     else:
         wanted = list(dict.fromkeys(options.components))
     if missing := [name for name in wanted if name not in held]:
@@ -149,7 +153,7 @@ def _components(bundle: Bundle, manifest: Manifest, options: BuildOptions) -> li
             f"{bundle.path}: expected graphs in {options.precision}, found {', '.join(precisions) or 'none'}. "
             f"Run: latentrt export CHECKPOINT -o {bundle.path} --precision {options.precision}"
         )
-    return wanted
+    return {name: held[name] for name in wanted}
 
 
 def _shapes(bundle: Bundle, options: BuildOptions) -> tuple[ShapeRequest, int]:
@@ -164,8 +168,7 @@ def _shapes(bundle: Bundle, options: BuildOptions) -> tuple[ShapeRequest, int]:
     return request, factor
 
 
-def _jobs(setting: _Setting, component: str, engines: Iterable[Targets]) -> list[_Job]:
-    precision = setting.options.precision
+def _jobs(setting: _Setting, component: str, precision: str, engines: Iterable[Targets]) -> list[_Job]:
     graph = setting.bundle.graph(component, precision)
     onnx = graph_hashes(setting.manifest, component, precision)
     check_files(setting.bundle.path, setting.manifest, onnx)
@@ -190,6 +193,7 @@ def _jobs(setting: _Setting, component: str, engines: Iterable[Targets]) -> list
     return [
         _Job(
             component=component,
+            precision=precision,
             targets=targets,
             graph=graph,
             inputs=inputs,
@@ -212,12 +216,12 @@ def _run(setting: _Setting, job: _Job, progress: Callable[[str], Progress]) -> E
         setting.trt,
         job.graph,
         component=job.component,
-        precision=setting.options.precision,
+        precision=job.precision,
         targets=job.targets if setting.flavour == "tensorrt_rtx" else (),
         profiles=job.profiles,
         workspace_mib=setting.options.workspace_mib,
         on_gpu=bool(setting.machine.gpus) and setting.machine.gpus[0].sm in job.targets,
-        progress=progress(f"{job.component} {setting.options.precision} {'+'.join(job.targets)}"),
+        progress=progress(f"{job.component} {job.precision} {'+'.join(job.targets)}"),
     )
     sidecar, dropped = store_engine(bundle, _sidecar(setting, job, built), built.plan)
     return EngineResult(
@@ -233,7 +237,7 @@ def _sidecar(setting: _Setting, job: _Job, built: BuiltEngine) -> EngineSidecar:
     package, request = setting.machine.packages.get(setting.flavour), setting.request
     return EngineSidecar(
         component=job.component,
-        precision=setting.options.precision,
+        precision=job.precision,
         key=key_of(job.made_from),
         flavour=setting.flavour,
         flavour_version=setting.trt.__version__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -22,7 +23,8 @@ def tensor_bytes(
 
     Args:
         inputs: the graph's.
-        outputs: the graph's; a dynamic size is a name that an input carries or `largest` knows, or `8*h` of one.
+        outputs: the graph's; a dynamic size is a name that an input carries or `largest` knows, or an expression
+            such as `latent_height * 8` or `height / 8` of one.
         profiles: shapes by input.
         largest: the largest value of further sizes by name, such as a picture's height.
     """
@@ -43,8 +45,15 @@ def tensor_bytes(
 
 
 def _size_of(size: int | str, sizes: Mapping[str, int]) -> int | None:
-    factors = [int(word) if word.isdigit() else sizes.get(word) for word in str(size).split("*")]
-    return None if None in factors else math.prod(factor for factor in factors if factor is not None)
+    """Numbers and names, multiplied and divided from left to right; None if a name is not known."""
+    words = re.split(r" *([*/]) *", str(size))
+    values = [int(word) if word.isdigit() else sizes.get(word) for word in words[::2]]
+    total = values[0]
+    for operator, value in zip(words[1::2], values[1:], strict=True):
+        if total is None or value is None:
+            return None
+        total = total * value if operator == "*" else total // value
+    return total
 
 
 def planned_vram(sidecars: Iterable[EngineSidecar]) -> dict[str, int | None]:

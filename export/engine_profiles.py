@@ -117,14 +117,16 @@ def profile_of(
     guided = Range(images.min, 2 * images.opt, 2 * images.max)
     text = request.text_chunks.times(TEXT_LENGTH)
     chunk_rows = Range(guided.min, guided.opt, guided.max * request.text_chunks.max)
+    ids = [chunk_rows, Range(TEXT_LENGTH, TEXT_LENGTH, TEXT_LENGTH)]
     wanted: dict[tuple[str, str], list[Range]] = {
         ("unet", "sample"): [guided, *latents],
         ("unet", "encoder_hidden_states"): [guided, text],
-        ("text_encoder", "input_ids"): [chunk_rows, Range(TEXT_LENGTH, TEXT_LENGTH, TEXT_LENGTH)],
+        ("text_encoder", "input_ids"): ids,
+        ("text_encoder_2", "input_ids"): ids,
         ("vae_decoder", "latent_sample"): [images, *latents],
         ("vae_encoder", "sample"): [images, request.height, request.width],
     }
-    rows = {"unet": guided, "text_encoder": chunk_rows}.get(component, images)
+    rows = guided if component == "unet" else images
     profiles = {}
     for tensor in inputs:
         # Channels and features are fixed in every graph, so the rule lists the other dimensions in order.

@@ -13,10 +13,12 @@ from latentrt.runtime.engine_sidecar import PrecisionReadout
 from latentrt.runtime.errors import BuildError
 
 # The type that an engine of a precision must mostly compute in, and the least part of its weights. An int8 plan
-# keeps sensitive layers in half on purpose, so there the majority is asked for.
+# keeps sensitive layers in half on purpose, so there the majority is asked for; a mixed graph keeps in float32
+# whatever overflows, which may be most of it.
 EXPECTED: Mapping[str, tuple[str, float]] = {
     "fp32": ("Float", 0.9),
     "fp16": ("Half", 0.9),
+    "mixed": ("Half", 0.1),
     "bf16": ("Bf16", 0.9),
     "int8": ("Int8", 0.5),
     "fp8": ("Fp8", 0.5),

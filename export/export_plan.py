@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,22 @@ from latentrt.runtime.errors import ArtifactError
 from latentrt.runtime.manifest import Artifact, Manifest, changed_inputs, check_files, key_of
 
 from .checkpoint import Checkpoint
+from .tool_versions import GRAPH_REVISION, GRAPH_TOOLS, tool_versions
 
-PRECISIONS = ("fp32", "fp16")
-# Raised whenever the same checkpoint and tools would give other graphs than before.
-GRAPH_REVISION = 2
-_GRAPH_TOOLS = ("torch", "diffusers", "transformers", "onnx-ir", "onnxscript")
-_TOOLS = (*_GRAPH_TOOLS, "latentrt", "onnxruntime", "numpy")
+PRECISIONS = ("fp32", "fp16", "mixed", "bf16")
+# What begins, and the share of the work that is done.
+Report = Callable[[str, float], None]
+# By component and the precision that was asked for: what was made, and the seconds that it took.
+Built = dict[tuple[str, str], tuple[Artifact, float]]
+# Component -> the component that it is made from, for those that are asked for.
+DERIVED: Mapping[str, str] = {"unet_prompt": "unet", "unet_cached": "unet", "vae_decoder_uint8": "vae_decoder"}
+# Components that lie in the folder of another, and their files' names there.
+_BESIDE = {
+    "unet_control": ("unet", "control"),
+    "unet_prompt": ("unet", "prompt"),
+    "unet_cached": ("unet", "cached"),
+    "vae_decoder_uint8": ("vae_decoder", "uint8"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,31 +39,14 @@ class Planned:
     key: str
     reason: str | None
 
-    @property
-    def path(self) -> str:
-        """Its .onnx file, relative to the bundle."""
-        return graph_path(self.component, self.precision)
-
 
 def graph_path(component: str, precision: str) -> str:
     """Where a bundle keeps a graph: optimum's name for fp32, the precision before the suffix for others.
 
-    The U-Net that takes ControlNet residuals lies beside the U-Net.
+    Those that are the U-Net's or the decoder's network with other inputs or outputs lie beside it.
     """
-    folder, stem = ("unet", "control") if component == "unet_control" else (component, "model")
+    folder, stem = _BESIDE.get(component, (component, "model"))
     return f"{folder}/{stem}.onnx" if precision == "fp32" else f"{folder}/{stem}.{precision}.onnx"
-
-
-def tool_versions(names: Sequence[str] = _TOOLS) -> dict[str, str]:
-    """Installed versions by distribution; those that are not installed are left out."""
-    return {name: found for name in names if (found := _installed(name)) is not None}
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def plan_exports(
@@ -64,6 +56,7 @@ def plan_exports(
     precisions: Sequence[str],
     options: Mapping[str, Any],
     *,
+    derived: Sequence[str] = (),
     force: bool,
 ) -> list[Planned]:
     """Every component in every precision, with the reason to export it.
@@ -71,15 +64,18 @@ def plan_exports(
     Args:
         manifest: of the bundle, None for a new one.
         options: of the export, as they enter the key.
+        derived: of DERIVED, which of them to make.
         force: export what is up to date too.
 
     Raises:
         ArtifactError: a file of the checkpoint cannot be read.
     """
-    hashes = {part: checkpoint.hashes(part) for part in checkpoint.parts}
-    tools = {**tool_versions(_GRAPH_TOOLS), "graph_revision": str(GRAPH_REVISION)}
+    hashes = checkpoint.hashes()
+    tools = {**tool_versions(GRAPH_TOOLS), "graph_revision": str(GRAPH_REVISION)}
     planned = []
-    for component, part in checkpoint.components.items():
+    parts = checkpoint.components
+    parts |= {component: parts[DERIVED[component]] for component in derived}
+    for component, part in parts.items():
         for precision in precisions:
             inputs = {
                 "component": component,
@@ -89,10 +85,21 @@ def plan_exports(
                 "tools": tools,
             }
             key = key_of(inputs)
-            old = manifest.artifact(component, precision) if manifest else None
+            old = made_for(manifest, component, precision)
             reason = "forced" if force and old else _reason(bundle, manifest, old, inputs, key)
             planned.append(Planned(component, precision, inputs, key, reason))
     return planned
+
+
+def made_for(manifest: Manifest | None, component: str, precision: str) -> Artifact | None:
+    """The bundle's graph for a precision that was asked for: for fp16 also the mixed one that was made instead."""
+    if manifest is None:
+        return None
+    found = manifest.artifact(component, precision)
+    if found is None and precision == "fp16":
+        mixed = manifest.artifact(component, "mixed")
+        return mixed if mixed is not None and mixed.inputs.get("precision") == "fp16" else None
+    return found
 
 
 def _reason(

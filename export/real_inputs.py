@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch.nn.functional import interpolate
 
+from latentrt.runtime.image import to_uint8
 from latentrt.runtime.specs import Array
 
 from .controlnet import DOWN_SAMPLE, MID_SAMPLE
 from .parity import Case
 from .reference_run import (
     PROMPTS,
+    THOROUGH,
     Call,
+    Effort,
     Feeds,
     added_conditions,
     chosen_calls,
@@ -27,11 +30,12 @@ from .reference_run import (
     rows_of,
     sample_and_record,
 )
+from .safety_checker import SafetyChecker
 from .unet import DOWN_RESIDUAL, MID_RESIDUAL
 
 
 def capture_cases(
-    pipeline: Any, extras: Mapping[str, Any] = MappingProxyType({}), *, seed: int = 0
+    pipeline: Any, extras: Mapping[str, Any] = MappingProxyType({}), *, seed: int = 0, effort: Effort = THOROUGH
 ) -> dict[str, list[Case]]:
     """Sample with a pipeline and return parity cases by component.
 
@@ -41,13 +45,14 @@ def capture_cases(
 
     Args:
         pipeline: float32, on the CPU; its scheduler is the checkpoint's own.
-        extras: ControlNets and TAESD by part.
+        extras: ControlNets, TAESD and safety checker by part, and the checker's preprocessing as `preprocess`.
         seed: of the initial noise.
+        effort: how much to draw and to ask for.
     """
-    calls, latents = sample_and_record(pipeline, seed=seed)
+    calls, latents = sample_and_record(pipeline, seed=seed, effort=effort)
     chosen = chosen_calls(calls)
     with torch.no_grad():
-        cases = {"unet": _unet_cases(pipeline.unet, chosen), **_vae_cases(pipeline.vae, latents)}
+        cases = {"unet": _unet_cases(pipeline.unet, chosen, effort), **_vae_cases(pipeline.vae, latents, effort)}
         for name in ("text_encoder", "text_encoder_2"):
             if (encoder := getattr(pipeline, name, None)) is not None:
                 tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
@@ -55,9 +60,12 @@ def capture_cases(
         controlnets = {name: model for name, model in extras.items() if name.startswith("controlnet")}
         if controlnets:
             pictures = torch.from_numpy(cases["vae_decoder"][0].expected["sample"]).add(1).div(2).clamp(0, 1)
-            cases |= _control_cases(pipeline.unet, controlnets, chosen, pictures)
+            cases |= _control_cases(pipeline.unet, controlnets, chosen, pictures, effort)
         if "taesd" in extras:
             cases["taesd_decoder"] = _taesd_cases(extras["taesd"], latents)
+        if "safety_checker" in extras:
+            shown = to_uint8(cases["vae_decoder"][0].expected["sample"])
+            cases["safety_checker"] = _checker_cases(extras["safety_checker"], extras["preprocess"](shown))
     return cases
 
 
@@ -95,7 +103,9 @@ def _variations(calls: list[Call]) -> dict[str, Feeds]:
         "one row": row_of(first, len(first["sample"]) - 1),
         "154 embeddings": {**middle, "encoder_hidden_states": torch.cat([text, text.flip(0)], dim=1)},
         "another size": {**middle, "sample": cut},
-        "mixed timesteps": {name: torch.stack([call.feeds[name][-1] for call in calls]) for name in first},
+        "mixed timesteps": {
+            name: torch.stack([call.feeds[name][-1] for call in (calls[0], calls[-1])]) for name in first
+        },
     }
 
 
@@ -105,16 +115,17 @@ def _row_by_row(model: Callable[[Feeds], Feeds], feeds: Feeds) -> Feeds:
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-def _unet_cases(unet: Any, calls: list[Call]) -> list[Case]:
+def _unet_cases(unet: Any, calls: list[Call], effort: Effort) -> list[Case]:
     def predict(row: Feeds) -> Feeds:
         return {"out_sample": _prediction(unet, row)}
 
+    varied = _variations(calls) if effort.variations else {}
     return [
         *(
             Case(f"timestep {call.feeds['timestep'][0]:g}", _numpy(call.feeds), _numpy({"out_sample": call.output}))
             for call in calls
         ),
-        *(Case(name, _numpy(feeds), _numpy(_row_by_row(predict, feeds))) for name, feeds in _variations(calls).items()),
+        *(Case(name, _numpy(feeds), _numpy(_row_by_row(predict, feeds))) for name, feeds in varied.items()),
     ]
 
 
@@ -134,14 +145,14 @@ def _prediction(unet: Any, row: Feeds) -> torch.Tensor:
 
 
 def _control_cases(
-    unet: Any, controlnets: Mapping[str, Any], calls: list[Call], pictures: torch.Tensor
+    unet: Any, controlnets: Mapping[str, Any], calls: list[Call], pictures: torch.Tensor, effort: Effort
 ) -> dict[str, list[Case]]:
     """Cases of every ControlNet, and of the U-Net with the sum of what they give."""
     found: dict[str, list[Case]] = {name: [] for name in (*controlnets, "unet_control")}
     latent = next(iter(controlnets.values())).config.in_channels
     factor = pictures.shape[-1] // calls[0].feeds["sample"].shape[-1]
-    timesteps = {f"timestep {call.feeds['timestep'][0]:g}": call.feeds for call in calls[:: len(calls) - 1]}
-    for case, feeds in {**timesteps, **_variations(calls)}.items():
+    timesteps = {f"timestep {call.feeds['timestep'][0]:g}": call.feeds for call in calls[:: max(len(calls) - 1, 1)]}
+    for case, feeds in {**timesteps, **(_variations(calls) if effort.variations else {})}.items():
         rows, size = len(feeds["sample"]), [factor * side for side in feeds["sample"].shape[2:]]
         hint = interpolate(pictures[torch.arange(rows) % len(pictures)], size=size, mode="area")
         given = {name: tensor for name, tensor in feeds.items() if name != "timestep_cond"}
@@ -179,7 +190,7 @@ def _residuals(controlnet: Any, row: Feeds) -> Feeds:
     return {**{f"{DOWN_SAMPLE}{index}": residual for index, residual in enumerate(down)}, MID_SAMPLE: mid}
 
 
-def _vae_cases(vae: Any, latents: torch.Tensor) -> dict[str, list[Case]]:
+def _vae_cases(vae: Any, latents: torch.Tensor, effort: Effort) -> dict[str, list[Case]]:
     # As the pipeline does: some VAEs also have a shift, but not those of Stable Diffusion 1, 2 and XL.
     latents = latents / vae.config.scaling_factor
     pictures = vae.decode(latents, return_dict=False)[0]
@@ -196,16 +207,14 @@ def _vae_cases(vae: Any, latents: torch.Tensor) -> dict[str, list[Case]]:
         expected = {"latent_parameters": vae.encode(sample).latent_dist.parameters}
         return Case(name, _numpy({"sample": sample}), _numpy(expected))
 
-    return {
-        "vae_decoder": [
-            Case("final latents", _numpy({"latent_sample": latents}), _numpy({"sample": pictures})),
-            decoded("another size", cut),
-        ],
-        "vae_encoder": [
-            encoded("decoded pictures", seen),
-            encoded("another size", seen[:1, :, : rows * factor, : columns * factor]),
-        ],
+    cases = {
+        "vae_decoder": [Case("final latents", _numpy({"latent_sample": latents}), _numpy({"sample": pictures}))],
+        "vae_encoder": [encoded("decoded pictures", seen)],
     }
+    if effort.variations:
+        cases["vae_decoder"].append(decoded("another size", cut))
+        cases["vae_encoder"].append(encoded("another size", seen[:1, :, : rows * factor, : columns * factor]))
+    return cases
 
 
 def _cut(latents: torch.Tensor) -> torch.Tensor:
@@ -219,3 +228,15 @@ def _taesd_cases(taesd: Any, latents: torch.Tensor) -> list[Case]:
         Case(name, _numpy({"latent_sample": sample}), _numpy({"sample": taesd.decode(sample, return_dict=False)[0]}))
         for name, sample in (("final latents", latents), ("another size", _cut(latents)))
     ]
+
+
+def _checker_cases(checker: Any, pictures: Array) -> list[Case]:
+    """Of preprocessed pictures, together and the first one alone."""
+    scores = SafetyChecker(checker)
+
+    def case(name: str, rows: torch.Tensor) -> Case:
+        special, concepts = scores(rows)
+        return Case(name, _numpy({"clip_input": rows}), _numpy({"special_scores": special, "concept_scores": concepts}))
+
+    seen = torch.from_numpy(pictures)
+    return [case("decoded pictures", seen), case("one picture", seen[:1])]

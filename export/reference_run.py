@@ -9,20 +9,44 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoint_weights import libraries_quiet
+from .networks import libraries_quiet
 
 PROMPTS = (
     "a small red circle at the top left of a blue background",
     "a photograph of a lighthouse on a cliff at sunset, highly detailed",
 )
-STEPS = 6
 GUIDANCE = 5.0
-# Latents are at most this large on a side: beyond, a run on a CPU takes minutes a step and shows nothing new.
-LARGEST_LATENT = 64
 # The U-Net's conditions as diffusers hands them over: those below `added_cond_kwargs`, then those beside it.
 ADDED, BESIDE = ("text_embeds", "time_ids"), ("timestep_cond",)
 
 Feeds = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a reference run draws.
+
+    Attributes:
+        name: as the manifest has it.
+        prompts: how many of `PROMPTS`.
+        steps: of the sampler.
+        largest_latent: latents are at most this large on a side.
+        variations: also ask for what the run itself does not hold: other sizes, longer texts, single rows.
+    """
+
+    name: str
+    prompts: int
+    steps: int
+    largest_latent: int
+    variations: bool
+
+
+# Beyond 64, a run on a CPU takes minutes a step and shows nothing new.
+THOROUGH = Effort("full", prompts=2, steps=6, largest_latent=64, variations=True)
+# For networks of hundreds of millions of weights, whose activations shall not be what takes the memory.
+LARGE = Effort("full", prompts=1, steps=4, largest_latent=24, variations=True)
+# For graphs that are proven and only have other weights.
+QUICK = Effort("quick", prompts=1, steps=2, largest_latent=16, variations=False)
 
 
 @dataclass(frozen=True)
@@ -33,15 +57,17 @@ class Call:
     output: torch.Tensor
 
 
-def sample_and_record(pipeline: Any, *, seed: int) -> tuple[list[Call], torch.Tensor]:
-    """Draw `PROMPTS` and return the U-Net's calls, and the final latents (2, c, h, w).
+def sample_and_record(pipeline: Any, *, seed: int, effort: Effort) -> tuple[list[Call], torch.Tensor]:
+    """Draw some of `PROMPTS` and return the U-Net's calls, and the final latents (prompts, c, h, w).
 
     Pipelines that start from a picture get a drawn one; those that inpaint, a mask of its left half.
 
     Args:
         pipeline: float32, on the CPU; its scheduler is the checkpoint's own.
         seed: of the initial noise.
+        effort: how much to draw.
     """
+    prompts = PROMPTS[: effort.prompts]
     calls: list[Call] = []
 
     def record(_module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
@@ -61,24 +87,25 @@ def sample_and_record(pipeline: Any, *, seed: int) -> tuple[list[Call], torch.Te
     try:
         with libraries_quiet(), torch.no_grad():
             latents = pipeline(
-                list(PROMPTS),
-                num_inference_steps=STEPS,
+                list(prompts),
+                num_inference_steps=effort.steps,
                 guidance_scale=GUIDANCE,
-                generator=[torch.Generator().manual_seed(seed + i) for i in range(len(PROMPTS))],
+                generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
                 output_type="latent",
-                **_picture_arguments(pipeline),
+                **_picture_arguments(pipeline, effort),
             ).images
     finally:
         hook.remove()
     return calls, latents
 
 
-def _picture_arguments(pipeline: Any) -> dict[str, Any]:
-    side = min(int(pipeline.unet.config.sample_size or LARGEST_LATENT), LARGEST_LATENT) * pipeline.vae_scale_factor
-    picture = drawn_picture(side).expand(len(PROMPTS), -1, -1, -1)
+def _picture_arguments(pipeline: Any, effort: Effort) -> dict[str, Any]:
+    largest = effort.largest_latent
+    side = min(int(pipeline.unet.config.sample_size or largest), largest) * pipeline.vae_scale_factor
+    picture = drawn_picture(side).expand(effort.prompts, -1, -1, -1)
     name = type(pipeline).__name__
     if "Inpaint" in name:
-        mask = (torch.arange(side) < side // 2).float().expand(len(PROMPTS), 1, side, side)
+        mask = (torch.arange(side) < side // 2).float().expand(effort.prompts, 1, side, side)
         return {"image": picture, "mask_image": mask, "strength": 1.0, "height": side, "width": side}
     if "InstructPix2Pix" in name:
         return {"image": picture}
@@ -96,8 +123,8 @@ def drawn_picture(side: int) -> torch.Tensor:
 
 
 def chosen_calls(calls: list[Call]) -> list[Call]:
-    """Four calls, from the first to the last."""
-    return [calls[index] for index in np.linspace(0, len(calls) - 1, 4).round().astype(int)]
+    """Four calls, from the first to the last, or all if there are fewer."""
+    return [calls[index] for index in np.linspace(0, len(calls) - 1, min(4, len(calls))).round().astype(int)]
 
 
 def row_of(feeds: Feeds, index: int) -> Feeds:

@@ -22,18 +22,23 @@ from latentrt.runtime.errors import UsageError
 from latentrt.runtime.manifest import MANIFEST, FileRecord, Manifest, load_manifest, lock_of, problem_of, save_manifest
 
 PREFIX, OWNER = ".export-", ".owner"
+# From the folder of a process that died to the new one.
+Adopt = Callable[[Path, Path], None]
 
 
 @contextmanager
-def staging_folder(bundle: Path) -> Iterator[Path]:
+def staging_folder(bundle: Path, *, adopt: Adopt = lambda stale, folder: None) -> Iterator[Path]:
     """A new hidden folder in the bundle, gone afterwards; so is the bundle, if it was made for this and stayed empty.
+
+    Args:
+        adopt: called with each folder of a process that died, and the new one, before the first is removed.
 
     Raises:
         UsageError: the path is a file, or a folder that holds something other than a bundle.
         OSError: it cannot be made or written.
     """
     created = not bundle.exists()
-    folder, owner = _make_folder(bundle)
+    folder, owner = _make_folder(bundle, adopt)
     try:
         yield folder
     finally:
@@ -43,21 +48,21 @@ def staging_folder(bundle: Path) -> Iterator[Path]:
             _remove_if_empty(bundle)
 
 
-def _make_folder(bundle: Path, *, tries: int = 3) -> tuple[Path, FileLock]:
+def _make_folder(bundle: Path, adopt: Adopt, *, tries: int = 3) -> tuple[Path, FileLock]:
     check_bundle_path(bundle)
     folder = bundle / f"{PREFIX}{uuid.uuid4().hex}"
     try:
         bundle.mkdir(parents=True, exist_ok=True)
         with lock_of(bundle):
-            _remove_stale(bundle)
             folder.mkdir()
             owner = FileLock(folder / OWNER)
             owner.acquire()
+            _remove_stale(bundle, folder, adopt)
     except FileNotFoundError:
         # Another process may have taken its empty bundle away between these lines.
         if tries == 1:
             raise
-        return _make_folder(bundle, tries=tries - 1)
+        return _make_folder(bundle, adopt, tries=tries - 1)
     return folder, owner
 
 
@@ -79,13 +84,16 @@ def check_bundle_path(bundle: Path) -> None:
             )
 
 
-def _remove_stale(bundle: Path) -> None:
+def _remove_stale(bundle: Path, new: Path, adopt: Adopt) -> None:
     for folder in bundle.glob(f"{PREFIX}*"):
+        if folder == new:
+            continue
         owner = FileLock(folder / OWNER)
         try:
             owner.acquire(timeout=0)
         except Timeout:
             continue
+        adopt(folder, new)
         shutil.rmtree(folder, ignore_errors=True)
         owner.release()
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .component import Component
 
 LATENT = ("latent_height", "latent_width")
 PIXEL = ("height", "width")
+# Sizes of outputs are expressions of the inputs' names, which optimum evaluates to allocate buffers.
 
 
 class VaeDecoder(nn.Module):
@@ -63,23 +65,29 @@ class TinyDecoder(nn.Module):
 
 def vae_decoder_component(vae: Any) -> Component:
     """Wrap the decoder half of an `AutoencoderKL` (float32, eval)."""
-    return _decoder("vae_decoder", VaeDecoder(vae), vae.config)
+    return _decoder("vae_decoder", VaeDecoder(vae), vae.config, _factor(vae.config.block_out_channels))
 
 
 def taesd_decoder_component(taesd: Any) -> Component:
     """Wrap the decoder half of an `AutoencoderTiny` (float32, eval)."""
-    return _decoder("taesd_decoder", TinyDecoder(taesd), taesd.config)
+    return _decoder("taesd_decoder", TinyDecoder(taesd), taesd.config, _factor(taesd.config.decoder_block_out_channels))
 
 
-def _decoder(name: str, module: nn.Module, config: Any) -> Component:
+def _factor(widths: Sequence[int]) -> int:
+    """Pixels per latent of a network that halves its size between these levels."""
+    return int(2 ** (len(widths) - 1))
+
+
+def _decoder(name: str, module: nn.Module, config: Any, factor: int) -> Component:
     channels = int(config.latent_channels)
+    pixels = [f"{size} * {factor}" for size in LATENT]
     return Component(
         module=module.eval(),
         example_inputs={"latent_sample": torch.linspace(-2, 2, 2 * channels * 35).reshape(2, channels, 5, 7)},
         spec=ModelSpec(
             name=name,
             inputs=(TensorSpec("latent_sample", "float32", ("batch", channels, *LATENT)),),
-            outputs=(TensorSpec("sample", "float32", ("batch", int(config.out_channels), *PIXEL)),),
+            outputs=(TensorSpec("sample", "float32", ("batch", int(config.out_channels), *pixels)),),
         ),
     )
 
@@ -87,8 +95,9 @@ def _decoder(name: str, module: nn.Module, config: Any) -> Component:
 def vae_encoder_component(vae: Any) -> Component:
     """Wrap the encoder half of an `AutoencoderKL` (float32, eval)."""
     config = vae.config
-    channels, factor = int(config.in_channels), 2 ** (len(config.block_out_channels) - 1)
+    channels, factor = int(config.in_channels), _factor(config.block_out_channels)
     height, width = 5 * factor, 7 * factor
+    latents = [f"{size} / {factor}" for size in PIXEL]
     return Component(
         module=VaeEncoder(vae).eval(),
         example_inputs={
@@ -97,6 +106,6 @@ def vae_encoder_component(vae: Any) -> Component:
         spec=ModelSpec(
             name="vae_encoder",
             inputs=(TensorSpec("sample", "float32", ("batch", channels, *PIXEL)),),
-            outputs=(TensorSpec("latent_parameters", "float32", ("batch", 2 * int(config.latent_channels), *LATENT)),),
+            outputs=(TensorSpec("latent_parameters", "float32", ("batch", 2 * int(config.latent_channels), *latents)),),
         ),
     )

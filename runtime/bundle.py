@@ -27,8 +27,11 @@ class Bundle:
     path: Path
     manifest: Manifest | None
 
-    def graph(self, component: str, precision: str) -> Path:
+    def graph(self, component: str, precision: str, target: str = "") -> Path:
         """The .onnx file of a component, its size and presence checked.
+
+        Args:
+            target: of `Artifact`; by default the graph that every runtime takes.
 
         Raises:
             UsageError: the bundle does not hold the component in that precision.
@@ -39,9 +42,9 @@ class Bundle:
             if not path.exists():
                 raise ArtifactError(f"{path}: expected an ONNX graph, found none. Export the checkpoint again.")
             return path
-        artifact = self.manifest.artifact(component, precision)
+        artifact = self.manifest.artifact(component, precision, target)
         if artifact is None:
-            held = [a.precision for a in self.manifest.artifacts if a.component == component]
+            held = [a.precision for a in self.manifest.artifacts if a.component == component and not a.target]
             raise UsageError(
                 f"{self.path}: expected {component} in {precision}, found {held or 'none'}. "
                 f"Run: latentrt export CHECKPOINT -o {self.path} --precision {precision}"
@@ -59,16 +62,27 @@ class Bundle:
         """The precisions of a component, best first."""
         if self.manifest is None:
             return ["unknown"] if component in self.components() else []
-        order = {"fp32": 0, "fp16": 1}
-        found = {artifact.precision for artifact in self.manifest.artifacts if artifact.component == component}
-        return sorted(found, key=lambda precision: (order.get(precision, 2), precision))
+        order = {"fp32": 0, "fp16": 1, "mixed": 2, "bf16": 3}
+        found = {a.precision for a in self.manifest.artifacts if a.component == component and not a.target}
+        return sorted(found, key=lambda precision: (order.get(precision, len(order)), precision))
+
+    def precision_of(self, component: str, precision: str) -> str | None:
+        """The precision in which a component takes part in a run of that precision; None if it is not held.
+
+        Its mixed graph where a run in fp16 finds no fp16 one: the export makes that of a component whose fp16 graph
+        would overflow.
+        """
+        held = self.held(component)
+        usable = (precision, "mixed") if precision == "fp16" else (precision,)
+        return next((name for name in usable if name in held), None)
 
     def precisions(self) -> list[str]:
         """The precisions in which every component of a text-to-image run is present, best first."""
         present = self.components()
         text = [name for name in DRAWING[:2] if name in present] or ["text_encoder"]
-        held = [self.held(component) for component in (*text, "unet", "vae_decoder")]
-        return [precision for precision in held[0] if all(precision in others for others in held)]
+        needed = (*text, "unet", "vae_decoder")
+        found = {precision: None for component in needed for precision in self.held(component)}
+        return [precision for precision in found if all(self.precision_of(name, precision) for name in needed)]
 
     def config(self, name: str) -> dict[str, Any]:
         """A JSON config of the bundle, such as `unet/config.json`.
@@ -121,11 +135,11 @@ def open_bundle(path: Path) -> Bundle:
     return Bundle(path=path, manifest=load_manifest(path))
 
 
-def pipeline_files(bundle: Bundle, precision: str, components: Sequence[str]) -> list[str]:
+def pipeline_files(bundle: Bundle, precision: str, components: Sequence[str], target: str = "") -> list[str]:
     """The files that running these components in a precision reads: graphs, tokenizer and configs."""
     if bundle.manifest is None:
         return []
-    artifacts = [a for c in components if (a := bundle.manifest.artifact(c, precision)) is not None]
+    artifacts = [a for c in components if (a := bundle.manifest.artifact(c, precision, target)) is not None]
     shared = [name for name in bundle.manifest.files if name.endswith(("config.json", "index.json"))]
     tokenizer = [name for name in bundle.manifest.files if name.startswith("tokenizer")]
     return sorted({name for a in artifacts for name in a.files} | set(shared) | set(tokenizer))

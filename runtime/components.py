@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .backends import open_session
+from .backends import choose_graph, open_session
 from .bundle import DRAWING, Bundle, open_bundle, pipeline_files
 from .errors import UsageError
+from .prompt_keys import CACHED, PROMPT, SplitUnet, runs_split
 from .specs import Session
 
 if TYPE_CHECKING:
     from .text_encoding import PromptEncoder
     from .textual_inversion import TextualInversion
+
+# The VAE's decoder with the U-Net's latents for its input and pictures (b, h, w, 3) uint8 for its output.
+PICTURES = "vae_decoder_uint8"
 
 
 class Components:
@@ -66,15 +70,37 @@ class Components:
         with self._lock:
             if component not in self._open:
                 precision = self._precision_of(component)
-                if self._verify:
-                    self.bundle.check(pipeline_files(self.bundle, precision, [component]))
-                self._open[component] = open_session(self.bundle, component, precision, backend=self.backend)
+                if component == "unet" and runs_split(self.bundle, precision, backend=self.backend):
+                    self._open[component] = SplitUnet(self[PROMPT], self[CACHED])
+                else:
+                    self._open[component] = self._session(component, precision)
             return self._open[component]
 
+    def _session(self, component: str, precision: str) -> Session:
+        if self._verify:
+            target = choose_graph(self.bundle, component, precision, backend=self.backend).target
+            self.bundle.check(pipeline_files(self.bundle, precision, [component], target))
+        return open_session(self.bundle, component, precision, backend=self.backend)
+
+    @property
+    def picture_decoder(self) -> str:
+        """The component that decodes whole pictures.
+
+        `vae_decoder_uint8`, whose output needs no more work, where the bundle holds it just as `vae_decoder`.
+        """
+        precision = self.bundle.precision_of("vae_decoder", self.precision)
+        return PICTURES if precision in self.bundle.held(PICTURES) else "vae_decoder"
+
+    def precisions(self) -> dict[str, str]:
+        """Of the components that were opened: the run's, mixed where fp16 would overflow, or what the bundle holds."""
+        with self._lock:
+            return {component: self._precision_of(component) for component in self._open}
+
     def _precision_of(self, component: str) -> str:
+        precision = self.bundle.precision_of(component, self.precision)
+        if precision is not None or component in DRAWING:
+            return precision or self.precision
         held = self.bundle.held(component)
-        if self.precision in held or component in DRAWING:
-            return self.precision
         if not held:
             raise UsageError(
                 f"{self.bundle.path}: expected {component}, found {', '.join(self.bundle.components())}. "
@@ -122,4 +148,6 @@ def _remedy(component: str) -> str:
         return "Export the checkpoint again with --controlnet PATH."
     if component == "taesd_decoder":
         return "Export the checkpoint again with --taesd PATH."
+    if component == "safety_checker":
+        return "Export a checkpoint that has one, or draw without it."
     return "Export the checkpoint again."

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .backends import choose_graph
+from .bundle import Bundle
 from .engine_sidecar import read_sidecar, why_unusable
 from .errors import LatentrtError
 from .machine import Machine, core_count, cpu_features, disk_bytes, memory_bytes, probe_machine
@@ -74,6 +76,16 @@ class EngineStatus:
 
 
 @dataclass(frozen=True)
+class GraphStatus:
+    """Which graph of a component in a precision ONNX Runtime takes here, and why."""
+
+    path: str
+    component: str
+    precision: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything `latentrt doctor` found."""
 
@@ -83,6 +95,7 @@ class Report:
     extras: tuple[Extra, ...]
     problems: tuple[str, ...]
     engines: tuple[EngineStatus, ...] = field(default_factory=tuple)
+    graphs: tuple[GraphStatus, ...] = ()
 
     @property
     def can_generate(self) -> bool:
@@ -91,10 +104,10 @@ class Report:
 
 
 def examine(bundle: Path | None = None, *, machine: Machine | None = None) -> Report:
-    """Look at this machine, and at a bundle's engines if one is given.
+    """Look at this machine, and at a bundle's graphs and engines if one is given.
 
     Args:
-        bundle: whose engines to judge.
+        bundle: whose graphs and engines to judge.
         machine: what decides about engines; probed by default.
 
     Raises:
@@ -136,6 +149,7 @@ def examine(bundle: Path | None = None, *, machine: Machine | None = None) -> Re
         backends=backends,
         extras=probe("extras", extras, ()),
         engines=() if bundle is None else engine_statuses(bundle, machine),
+        graphs=() if bundle is None else probe("graphs", partial(graph_statuses, bundle), ()),
         problems=tuple(problems),
     )
 
@@ -260,4 +274,21 @@ def engine_statuses(bundle: Path, machine: Machine) -> tuple[EngineStatus, ...]:
         statuses.append(
             EngineStatus(record.path, record.component, record.precision, record.targets, reason is None, reason)
         )
+    return tuple(statuses)
+
+
+def graph_statuses(bundle: Path) -> tuple[GraphStatus, ...]:
+    """Which of a bundle's graphs ONNX Runtime takes on this machine.
+
+    Raises:
+        ArtifactError: the folder is no bundle.
+        BackendError: ONNX Runtime is not usable.
+    """
+    manifest = load_manifest(bundle)
+    opened = Bundle(bundle, manifest)
+    statuses = []
+    for plain in (artifact for artifact in manifest.artifacts if not artifact.target):
+        choice = choose_graph(opened, plain.component, plain.precision)
+        taken = manifest.artifact(plain.component, plain.precision, choice.target) or plain
+        statuses.append(GraphStatus(taken.path, plain.component, plain.precision, choice.reason))
     return tuple(statuses)

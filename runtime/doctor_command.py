@@ -13,7 +13,7 @@ from .doctor import Report, examine
 
 
 def doctor(
-    bundle: Annotated[Path | None, typer.Argument(help="Also judge the engines of this bundle.")] = None,
+    bundle: Annotated[Path | None, typer.Argument(help="Also judge the graphs and engines of this bundle.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> int:
     """Say what this machine can run and why not the rest; exit code 0 if it can generate pictures.
@@ -57,6 +57,8 @@ def _print(report: Report) -> None:
     for extra in report.extras:
         if extra.missing:
             log(f"extra {extra.name}: missing {', '.join(extra.missing)}. Run: {extra.command}")
+    for graph in report.graphs:
+        log(f"graph {graph.path} ({graph.precision}): {graph.reason}")
     for engine in report.engines:
         log(f"engine {engine.path} ({engine.precision}, {'+'.join(engine.targets)}): {engine.reason or 'usable here'}")
     for problem in report.problems:

@@ -81,7 +81,9 @@ def generate(
     batch: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 1,
     width: Annotated[int | None, typer.Option(help=SIZE_HELP)] = None,
     height: Annotated[int | None, typer.Option(help=SIZE_HELP)] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16…; default the first the bundle holds.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16, mixed; default the first the bundle holds.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="auto, onnxruntime, cuda, tensorrt or tensorrt_rtx.")] = "auto",
     clip_skip: Annotated[int, typer.Option(help="Layers of the text encoder left out at the end: 0 none.")] = 0,
     negative_clip_skip: Annotated[int, typer.Option(help="Likewise for the negative prompt.")] = 0,
@@ -142,6 +144,13 @@ def generate(
     refiner_switch: Annotated[
         float, typer.Option(help="Share of the noise levels after which it takes over.", rich_help_panel=_SDXL)
     ] = 0.8,
+    safety_checker: Annotated[
+        bool | None,
+        typer.Option(
+            "--safety-checker/--no-safety-checker",
+            help="Make pictures black that the safety checker flags; default if the bundle has one.",
+        ),
+    ] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE for any other attribute of `Request`.")
     ] = None,
@@ -195,6 +204,7 @@ def generate(
         "tile": tile,
         "original_size": read_size("original-size", original_size),
         "crop": read_size("crop", crop) or (0, 0),
+        "safety_checker": safety_checker,
         **read_settings(setting or ()),
     }
     drawing = _Drawing(texts, output, batch, preview, deadline, quality)
@@ -275,12 +285,16 @@ class _Drawing:
                 record=result.records[offset],
                 quality=self.quality,
             )
-            self.written.append({"path": str(path), "prompt": text, "seed": result.seeds[offset]})
+            line = {"path": str(path), "prompt": text, "seed": result.seeds[offset]}
+            if result.nsfw_content_detected is not None:
+                line["nsfw_content_detected"] = result.nsfw_content_detected[offset]
+            self.written.append(line)
 
     def _report(self, pipe: Pipeline, load: float, draw: float) -> dict[str, Any]:
         return {
             "pictures": self.written,
             "precision": pipe.precision,
+            "precisions": pipe.precisions,
             "backend": pipe.backend,
             "load_seconds": round(load, 3),
             "seconds": round(draw, 3),
@@ -288,9 +302,14 @@ class _Drawing:
 
 
 def _tell(report: dict[str, Any]) -> None:
-    from .console import log
+    from .console import log, note
 
     paths = [picture["path"] for picture in report["pictures"]]
     names = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]}"
     log(f"{names}: {len(paths)} picture(s) in {report['seconds']:.2f} s, loaded in {report['load_seconds']:.2f} s")
-    log(f"{report['precision']} on {report['backend']}")
+    others = [
+        f"{name} {precision}" for name, precision in report["precisions"].items() if precision != report["precision"]
+    ]
+    log(f"{', '.join([report['precision'], *others])} on {report['backend']}")
+    if flagged := [picture["path"] for picture in report["pictures"] if picture.get("nsfw_content_detected")]:
+        note(f"black, because the safety checker flagged them: {', '.join(flagged)}. --no-safety-checker shows them.")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from .decoding import decode_pictures
 from .errors import UsageError
-from .latents import decode_latents, encode_image
+from .latents import encode_image
 from .model_facts import ModelFacts
 from .opened_model import Model
 from .request import Hires, Request
-from .start_latents import nearest_multiple, resize_latents, scale_latents, unscale_latents
+from .start_latents import nearest_multiple, resize_latents, scale_latents
 
 Floats = NDArray[np.float32]
 UPSCALERS = ("latent", "latent-nearest", "lanczos")
@@ -55,10 +56,8 @@ def enlarge(model: Model, request: Request, latents: Floats, hires: Hires, size:
         return resize_latents(latents, rows, columns, nearest=hires.upscaler == "latent-nearest")
     from .pixels import load_image
 
-    decoder, encoder = model.components["vae_decoder"], model.components["vae_encoder"]
-    smaller = latents.shape[2] * facts.vae_factor, latents.shape[3] * facts.vae_factor
-    plain = unscale_latents(facts, latents)
-    pictures = decode_latents(decoder, plain, scaling_factor=1.0, tiling=model.tiling(request, smaller))
+    encoder = model.components["vae_encoder"]
+    pictures = decode_pictures(model, request, latents)
     larger = np.stack([load_image(picture, size=size) for picture in pictures])
     # The mode of the distribution: the second pass adds noise of its own.
     return scale_latents(facts, encode_image(encoder, larger, tiling=model.tiling(request, size)).mean)

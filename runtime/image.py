@@ -33,15 +33,23 @@ def to_uint8(sample: Array, *, name: str = "sample") -> Pictures:
         BackendError: a value is NaN or infinite. A cast would make it a black or white pixel and nobody the wiser.
     """
     floats = sample.astype(np.float32)
-    if not np.isfinite(floats).all():
-        wrong = np.flatnonzero(~np.isfinite(floats).reshape(len(floats), -1).all(axis=1)).tolist()
-        raise BackendError(
-            f"{name}: expected finite numbers, got NaN or infinity in picture {wrong} of {len(floats)}. "
-            "The usual cause is a VAE that overflows in fp16; decode with the VAE in fp32."
-        )
+    check_finite(np.asarray(np.isfinite(floats).reshape(len(floats), -1).all(axis=1)), name=name)
     unit = np.clip(floats * np.float32(0.5) + np.float32(0.5), 0, 1)
     pictures: Pictures = np.rint(unit.transpose(0, 2, 3, 1) * np.float32(255)).astype(np.uint8)
     return pictures
+
+
+def check_finite(finite: NDArray[np.bool_], *, name: str) -> None:
+    """Refuse decoded pictures, of which `finite` says whether each has finite numbers only.
+
+    Raises:
+        BackendError: names the pictures that have not.
+    """
+    if not finite.all():
+        raise BackendError(
+            f"{name}: expected finite numbers, got NaN or infinity in picture {np.flatnonzero(~finite).tolist()} of "
+            f"{len(finite)}. The usual cause is a VAE that overflows in fp16; decode with the VAE in fp32."
+        )
 
 
 def picture_digest(pixels: Pictures) -> str:

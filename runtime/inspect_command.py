@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .manifest import Manifest, load_manifest
+from .manifest import Artifact, Manifest, load_manifest
 
 
 def megabytes(manifest: Manifest, names: tuple[str, ...]) -> float:
@@ -20,6 +20,10 @@ def megabytes(manifest: Manifest, names: tuple[str, ...]) -> float:
 def _parity(artifact_parity: Any) -> str:
     worst = artifact_parity.get("worst_relative_l2") if hasattr(artifact_parity, "get") else None
     return f"{worst:.1e}" if isinstance(worst, float) else "not recorded"
+
+
+def _runtime(artifact: Artifact) -> str:
+    return f"onnxruntime {artifact.target.upper()}" if artifact.target else "every runtime"
 
 
 def inspect(
@@ -39,9 +43,9 @@ def inspect(
     log(f"{bundle}: {manifest.pipeline_class} {manifest.name!r}, made by latentrt {manifest.latentrt_version}")
     print_table(
         "graphs",
-        ["component", "precision", "opset", "parameters", "MB", "relative L2 to PyTorch", "file"],
+        ["component", "precision", "for", "opset", "parameters", "MB", "relative L2", "file"],
         [
-            (a.component, a.precision, a.opset, f"{a.parameters:,}", f"{megabytes(manifest, a.files):.1f}",
+            (a.component, a.precision, _runtime(a), a.opset, f"{a.parameters:,}", f"{megabytes(manifest, a.files):.1f}",
              _parity(a.parity), a.path)
             for a in manifest.artifacts
         ],

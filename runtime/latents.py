@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BackendError, ConfigError, UsageError
-from .image import Pictures, to_uint8
+from .image import Pictures, check_finite, to_uint8
 from .pixels import to_sample
 from .specs import Array, Session
 from .vae_tiling import Tiling, decode_tiled, encode_tiled
@@ -67,6 +67,27 @@ def decode_latents(
         return decode_tiled(session, row, tiling) if tiling else session({"latent_sample": row})["sample"]
 
     return np.concatenate([to_uint8(decoded(row[None]), name=name) for row in rows])
+
+
+def decode_to_uint8(session: Session, latents: NDArray[np.floating]) -> Pictures:
+    """The pictures of `decode_latents`, to the byte, from a decoder that scales and rounds inside its graph.
+
+    A quarter of the bytes leave the device, and nothing is left to do with them here.
+
+    Args:
+        session: of `vae_decoder_uint8`.
+        latents: (b, c, h/f, w/f) as the U-Net has them.
+
+    Raises:
+        BackendError: the backend failed, or decoded to NaN or infinity.
+    """
+    name = f"{session.spec.name} ({session.backend})"
+    pictures = []
+    for row in latents.astype(np.float32):
+        outputs = session({"latent_sample": row[None]})
+        check_finite(outputs["finite"].astype(np.bool_), name=name)
+        pictures.append(outputs["picture"].astype(np.uint8, copy=False))
+    return np.concatenate(pictures)
 
 
 def check_pictures(pictures: Pictures) -> None:

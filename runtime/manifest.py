@@ -37,7 +37,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One ONNX graph: a component in one precision.
+    """One ONNX graph: a component in one precision, for every runtime or rewritten for one.
 
     Attributes:
         component: unet, text_encoder, vae_decoder, vae_encoder…
@@ -49,6 +49,9 @@ class Artifact:
         inputs: what it was made from: hashes of weights and configs, options, tool versions.
         parity: figures of the comparison with the model, by case: max_abs, relative_l2, psnr_db…
         parameters: number of weights.
+        target: `cpu` or `cuda`, the provider of ONNX Runtime whose operators it is made of; empty for the graph that
+            every runtime takes and that those were made from. Such a graph may keep its weights in the plain one's
+            external data.
     """
 
     component: str
@@ -60,6 +63,7 @@ class Artifact:
     inputs: Mapping[str, Any]
     parity: Mapping[str, Any]
     parameters: int
+    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,10 +99,10 @@ class Manifest:
     engines: tuple[EngineRecord, ...] = ()
     format_version: int = FORMAT_VERSION
 
-    def artifact(self, component: str, precision: str) -> Artifact | None:
+    def artifact(self, component: str, precision: str, target: str = "") -> Artifact | None:
         """The graph of a component in a precision, or None."""
-        matches = (a for a in self.artifacts if (a.component, a.precision) == (component, precision))
-        return next(matches, None)
+        wanted = (component, precision, target)
+        return next((a for a in self.artifacts if (a.component, a.precision, a.target) == wanted), None)
 
 
 def sha256_of(path: Path) -> str:

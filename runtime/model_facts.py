@@ -54,9 +54,14 @@ class ModelFacts:
     @property
     def default_guidance(self) -> float:
         """The scale that diffusers' pipeline of this family has if none is given."""
-        if self.time_cond_width:
+        if self.is_lcm:
             return 8.5
         return 5.0 if self.is_sdxl and not self.is_inpainting else 7.5
+
+    @property
+    def is_lcm(self) -> bool:
+        """Whether diffusers has pipelines of their own for it: latent consistency models, but not distilled SDXL."""
+        return bool(self.time_cond_width) and not self.is_sdxl
 
     @property
     def is_inpainting(self) -> bool:

@@ -12,17 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .components import Components
+from .decoding import decode_pictures
 from .drawing import Pass, StepInfo, prepare, run_pass
 from .errors import DeadlineError
 from .hires import check_hires, enlarge, larger_size, second_request
 from .image import Pictures
-from .latents import check_pictures, decode_latents
+from .latents import check_pictures
 from .model_facts import read_facts, read_schedules
 from .opened_model import Model
 from .picture_text import infotext, picture_records
 from .request import Request, Text, request_of
 from .run_start import picture_seeds, request_noise
-from .start_latents import unscale_latents
+from .safety_checker import SafetyChecker, open_safety_checker
 from .textual_inversion import TextualInversion, load_textual_inversion
 
 Floats = NDArray[np.float32]
@@ -39,6 +40,7 @@ class Result:
         parameters: of each picture, in the form that web UIs write into files.
         records: of each picture, what `latentrt replay` makes it again from.
         seconds: by stage: prepare (with the text encoders), denoise, decode.
+        nsfw_content_detected: of each picture, whether the safety checker has made it black; None if none has looked.
     """
 
     images: Pictures
@@ -47,6 +49,7 @@ class Result:
     parameters: tuple[str, ...]
     records: tuple[dict[str, Any], ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    nsfw_content_detected: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,14 +97,19 @@ class Pipeline:
             default_sampler=str(schedules.own.class_name),
             inversions=tuple(inversions),
         )
-        for component in ("unet", "vae_decoder"):
+        for component in ("unet", components.picture_decoder):
             components[component]
         return cls(name=bundle.manifest.name if bundle.manifest else bundle.path.name, model=model)
 
     @property
     def precision(self) -> str:
-        """Of the U-Net, the text encoders and the VAE's decoder."""
+        """Of the run; `precisions` says which of the networks differ."""
         return self.model.components.precision
+
+    @property
+    def precisions(self) -> dict[str, str]:
+        """Of each network that was opened: mixed in a run in fp16, where it would overflow."""
+        return self.model.components.precisions()
 
     @property
     def backend(self) -> str:
@@ -171,6 +179,7 @@ class Pipeline:
 
         if request.hires is not None:
             check_hires(request, request.hires, model.facts)
+        checker = open_safety_checker(model.components, request.safety_checker) if request.decode else None
         first = prepare(model, request, request_noise(model, request))
         prepared = time.perf_counter()
         latents = yield from watched(run_pass(model, first))
@@ -180,13 +189,13 @@ class Pipeline:
             second = self._second_pass(request, latents, first, size)
             latents = yield from watched(run_pass(model, second, second_pass=True))
         denoised = time.perf_counter()
-        images = self._decode(request, latents, size)
+        images, flags = self._decode(request, latents, size, checker)
         seconds = {
             "prepare": prepared - began,
             "denoise": denoised - prepared,
             "decode": time.perf_counter() - denoised,
         }
-        return self._result(request, images, latents, first, seconds)
+        return self._result(request, images, flags, latents, first, seconds)
 
     def _second_pass(self, request: Request, latents: Floats, first: Pass, size: tuple[int, int]) -> Pass:
         assert request.hires is not None
@@ -196,23 +205,21 @@ class Pipeline:
         steps = len(first.plan.steps)
         return prepare(self.model, again, noise, clean=clean, size=size, first_pass_steps=steps)
 
-    def _decode(self, request: Request, latents: Floats, size: tuple[int, int]) -> Pictures:
+    def _decode(
+        self, request: Request, latents: Floats, size: tuple[int, int], checker: SafetyChecker | None
+    ) -> tuple[Pictures, tuple[bool, ...] | None]:
+        """The pictures, and what the safety checker found in them."""
         if not request.decode:
-            return np.zeros((0, *size, 3), np.uint8)
-        model = self.model
-        images = decode_latents(
-            model.components["vae_decoder"],
-            unscale_latents(model.facts, latents),
-            scaling_factor=1.0,
-            tiling=model.tiling(request, size),
-        )
+            return np.zeros((0, *size, 3), np.uint8), None
+        images = decode_pictures(self.model, request, latents)
         check_pictures(images)
-        return images
+        return (images, None) if checker is None else checker(images)
 
     def _result(
         self,
         request: Request,
         images: Pictures,
+        flags: tuple[bool, ...] | None,
         latents: Floats,
         first: Pass,
         seconds: dict[str, float],
@@ -226,6 +233,7 @@ class Pipeline:
             ),
             records=picture_records(self.model, request, images, self.name),
             seconds=seconds,
+            nsfw_content_detected=flags,
         )
 
 

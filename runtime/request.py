@@ -77,7 +77,7 @@ class Request:
         eta: stochasticity of samplers that have it; default the sampler's own.
         sampler_options: further options of the sampler, by diffusers' names.
         guidance: scale of classifier-free guidance; 1 and below switch it off. Default as in diffusers: 7.5,
-            5 for SDXL, 8.5 for distilled models.
+            5 for SDXL, 8.5 for latent consistency models.
         guidance_rescale: phi of Lin et al. 2023, against overexposure; 0 is off.
         guidance_interval: shares of the steps between which guidance is on (Kynkäänniemi et al. 2024).
         guidance_end: scale at the last step; the scale goes there from `guidance` as `guidance_curve` says.
@@ -111,6 +111,7 @@ class Request:
         tile: side in pixels of the VAE's tiles; 0 for none; default 512 above one megapixel.
         tile_blend: "smooth", or "diffusers" for the picture that diffusers' tiling gives.
         decode: whether to decode the latents to pictures.
+        safety_checker: whether pictures that the bundle's safety checker flags come out black; default if it has one.
     """
 
     prompt: Text | Sequence[Text]
@@ -160,6 +161,7 @@ class Request:
     tile: int | None = None
     tile_blend: Blend = "smooth"
     decode: bool = True
+    safety_checker: bool | None = None
 
     def __post_init__(self) -> None:
         """Check what needs no bundle to be checked.

@@ -192,11 +192,11 @@ def start_run(
 
 
 def _cut(model: Model, request: Request, plan: SamplingPlan, strength: float, count: int) -> SamplingPlan:
-    """What a strength leaves of the steps: the last ones, or for a distilled model as many over a shorter range.
+    """What a strength leaves of the steps: the last ones, or for an LCM as many over a shorter range.
 
     As diffusers' `LatentConsistencyModelImg2ImgPipeline`; other models take the last steps of its sampler too.
     """
-    if model.facts.time_cond_width and "strength" in plan.sampler.options:
+    if model.facts.is_lcm and "strength" in plan.sampler.options:
         return plan_request(model, request.replace(sampler_options={**request.sampler_options, "strength": strength}))
     return strength_steps(plan, strength, count)
 

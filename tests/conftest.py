@@ -7,7 +7,7 @@ import hashlib
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,12 +57,10 @@ def family_sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     return sources
 
 
-@pytest.fixture(scope="session")
-def traced_graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `family_bundle` keeps traced graphs: pytest's cache, as long as the exporter and its tools are the same."""
-    from latentrt.export.export_plan import tool_versions
-
-    digest = hashlib.sha256(repr(sorted(tool_versions().items())).encode())
+@pytest.fixture(scope="session", autouse=True)
+def traced_graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where exports keep traced graphs: pytest's cache, as long as the exporter's sources are the same."""
+    digest = hashlib.sha256()
     for source in sorted((ROOT / "export").glob("*.py")):
         digest.update(source.read_bytes())
     cache = getattr(request.config, "cache", None)
@@ -70,43 +68,30 @@ def traced_graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     for old in folder.iterdir():
         if old.name != digest.hexdigest():
             shutil.rmtree(old, ignore_errors=True)
-    (folder / digest.hexdigest()).mkdir(exist_ok=True)
-    return Path(folder / digest.hexdigest())
+    own = Path(folder / digest.hexdigest())
+    own.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LATENTRT_CACHE", str(own))
+        yield own
 
 
 @pytest.fixture(scope="session")
 def family_bundle(
-    family_sources: Callable[[str], Sources], traced_graphs: Path, tmp_path_factory: pytest.TempPathFactory
+    family_sources: Callable[[str], Sources], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """A tiny checkpoint of a family as a bundle in fp32, by its name in `families`. Tests must not change it.
 
-    A network is traced once, also when several families share it; its graph is compared with PyTorch every time.
+    An architecture is traced once, also when several families share it; its graph is compared with PyTorch every time.
     """
 
     @functools.cache
     def bundle(name: str) -> Path:
-        import onnx_ir as ir
-
-        from latentrt.export import graph_builder
+        from latentrt.export.checkpoint import open_checkpoint
         from latentrt.export.exporter import export_checkpoint
-        from latentrt.export.to_onnx import to_onnx
-        from latentrt.runtime.manifest import write_atomic
-
-        def once(component: Any, *, opset: int) -> ir.Model:
-            digest = hashlib.sha256(repr((component.spec, component.module, opset)).encode())
-            for weight, value in component.module.state_dict().items():
-                digest.update(weight.encode() + value.numpy().tobytes())
-            path = traced_graphs / f"{digest.hexdigest()}.onnx"
-            if not path.exists():
-                write_atomic(path, ir.to_proto(to_onnx(component, opset=opset)).SerializeToString())
-            return ir.load(path)
 
         sources, made = family_sources(name), tmp_path_factory.mktemp("family") / f"{name}.bundle"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(graph_builder, "to_onnx", once)
-            export_checkpoint(
-                sources.path, made, precisions=["fp32"], controlnets=sources.controlnets, taesd=sources.taesd
-            )
+        checkpoint = open_checkpoint(sources.path, controlnets=sources.controlnets, taesd=sources.taesd)
+        export_checkpoint(checkpoint, made, precisions=["fp32"])
         return made
 
     return bundle
@@ -115,7 +100,7 @@ def family_bundle(
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Stable Diffusion checkpoint. Shared: copy it before changing anything."""
-    from latentrt.export.checkpoint_weights import libraries_quiet
+    from latentrt.export.networks import libraries_quiet
 
     with libraries_quiet():
         from tiny import save_tiny_checkpoint
@@ -124,12 +109,26 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_loaded(tiny_checkpoint: Path) -> Any:
-    """The tiny checkpoint as a diffusers pipeline, loaded by latentrt."""
+def tiny_networks(tiny_checkpoint: Path) -> dict[str, Any]:
+    """The networks of the tiny checkpoint, without weights in memory."""
     from latentrt.export.checkpoint import open_checkpoint
-    from latentrt.export.checkpoint_weights import load_pipeline
+    from latentrt.export.networks import open_network
 
-    return load_pipeline(open_checkpoint(tiny_checkpoint))
+    return {name: open_network(part) for name, part in open_checkpoint(tiny_checkpoint).parts.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_loaded(tiny_checkpoint: Path) -> Iterator[Any]:
+    """The tiny checkpoint as a diffusers pipeline, loaded by latentrt, ready to draw."""
+    from latentrt.export.checkpoint import open_checkpoint
+    from latentrt.export.networks import open_network, weights_at_hand
+    from latentrt.export.reference_pipeline import reference_pipeline
+
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    networks = {name: open_network(part) for name, part in checkpoint.parts.items()}
+    pipeline = reference_pipeline(checkpoint, networks)
+    with weights_at_hand(*networks.values()):
+        yield pipeline
 
 
 @pytest.fixture(scope="session")
@@ -158,7 +157,7 @@ def exports_from_bundle(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> C
     from latentrt.export import graph_builder
 
     def install(edit: Callable[[str, ir.Model], None] = lambda name, model: None) -> None:
-        def load(component: Any, *, opset: int) -> ir.Model:
+        def load(component: Any, *, opset: int, cache: Path | None = None) -> ir.Model:
             model = ir.load(tiny_bundle / component.spec.name / "model.onnx")
             edit(component.spec.name, model)
             return model

@@ -23,9 +23,17 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from tiny import END, VAE_CONFIG, _vocabulary, write_tiny_tokenizer
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 WIDTH = 32  # of every text encoder
 SD_UNET: dict[str, Any] = {
@@ -68,6 +76,21 @@ REFINER_UNET: dict[str, Any] = {
     "transformer_layers_per_block": 1,
     "projection_class_embeddings_input_dim": WIDTH + 5 * 8,
 }
+# Pruned: nothing in the middle and no stage without attention.
+BK_TINY_UNET: dict[str, Any] = {
+    **SD_UNET,
+    "mid_block_type": None,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+}
+# Transformers counted one by one, other ones on the way up, and one ResNet block in the middle.
+SSD_1B_UNET: dict[str, Any] = {
+    **SDXL_UNET,
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": [1, [2]],
+    "reverse_transformer_layers_per_block": [[2, 1], 1],
+}
+KOALA_UNET: dict[str, Any] = {**SDXL_UNET, "mid_block_type": None}
 TEXT: dict[str, Any] = {
     "hidden_size": WIDTH,
     "intermediate_size": 2 * WIDTH,
@@ -106,6 +129,23 @@ LEFTOVERS: dict[str, Any] = {
 }
 SDXL_VAE: dict[str, Any] = {**VAE_CONFIG, "scaling_factor": 0.13025, "force_upcast": True}
 SD_VAE: dict[str, Any] = {**VAE_CONFIG, "scaling_factor": 0.18215}
+# As published with Stable Diffusion 1.5.
+PREPROCESSOR: dict[str, Any] = {
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "feature_extractor_type": "CLIPFeatureExtractor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_processor_type": "CLIPImageProcessor",
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
+    "size": {"shortest_edge": 224},
+    "use_square_size": False,
+}
 NO_CHECKER: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
@@ -198,7 +238,7 @@ def make_text_encoder(config: Mapping[str, Any], *, seed: int, projection: bool 
     """A CLIP text encoder whose hidden states, also those before the final norm, have about unit size."""
     model_class = CLIPTextModelWithProjection if projection else CLIPTextModel
     with _seeded(seed) as generator:
-        encoder = model_class(CLIPTextConfig(vocab_size=len(_vocabulary()), **config)).eval()
+        encoder = model_class(CLIPTextConfig(**{"vocab_size": len(_vocabulary()), **config})).eval()
         _enliven(encoder, generator)
         for name, parameter in encoder.named_parameters():
             if "embedding.weight" in name:
@@ -239,6 +279,32 @@ def make_taesd(*, seed: int) -> diffusers.AutoencoderTiny:
         _scale_output(last, (taesd.decode(torch.randn(2, 4, 8, 8, generator=generator)).sample + 1) / 2, 0.25)
         last.bias.add_(0.5)
     return taesd
+
+
+CHECKER_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 32,
+    "image_size": 224,
+    "hidden_act": "quick_gelu",
+}
+
+
+def make_safety_checker(*, seed: int) -> Any:
+    """A safety checker with thresholds among its scores, so that some pictures pass and some do not."""
+    with _seeded(seed) as generator:
+        config = CLIPConfig(vision_config=CHECKER_VISION, projection_dim=WIDTH)
+        checker = StableDiffusionSafetyChecker(config).eval()
+        _enliven(checker.vision_model, generator)
+        for concepts, thresholds, high in (
+            (checker.special_care_embeds, checker.special_care_embeds_weights, 0.1),
+            (checker.concept_embeds, checker.concept_embeds_weights, 0.3),
+        ):
+            concepts.copy_(torch.randn(concepts.shape, generator=generator))
+            thresholds.copy_(high + 0.1 * torch.rand(thresholds.shape, generator=generator))
+    return checker
 
 
 def write_tokenizer(folder: Path, *, pad: str = END) -> Path:
@@ -289,8 +355,7 @@ def _sd(
         vae=make_vae(SD_VAE, seed=seed),
         unet=make_unet(unet, seed=seed),
         scheduler=scheduler or _pndm(),
-        **NO_CHECKER,
-        **parts,
+        **{**NO_CHECKER, **parts},
     )
 
 
@@ -303,12 +368,34 @@ def sd15(folder: Path, *, seed: int = 0) -> Path:
     return _sd(folder, seed=seed)
 
 
+def sd15_checked(folder: Path, *, seed: int = 0) -> Path:
+    """Stable Diffusion 1.5 with its safety checker."""
+    with _quiet():
+        extractor = CLIPImageProcessorPil(**PREPROCESSOR)
+    parts = {"safety_checker": make_safety_checker(seed=seed + 30), "requires_safety_checker": True}
+    _sd(folder, seed=seed, feature_extractor=extractor, **parts)
+    (folder / "feature_extractor/preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
+    return folder
+
+
 def sd21(folder: Path, *, seed: int = 0) -> Path:
     """Stable Diffusion 2.1: v-prediction, linear projections, heads by block, OpenCLIP's encoder."""
     scheduler = diffusers.DDIMScheduler(
         **BETAS, prediction_type="v_prediction", steps_offset=1, set_alpha_to_one=False, clip_sample=False
     )
     return _sd(folder, seed=seed, unet=SD21_UNET, text=OPEN_CLIP_TEXT, pad="!", scheduler=scheduler)
+
+
+def sd_turbo(folder: Path, *, seed: int = 0) -> Path:
+    """SD Turbo: the networks of 2.1 with epsilon prediction and a trailing schedule."""
+    betas = {**SDXL_EULER, "timestep_spacing": "trailing"}
+    scheduler = diffusers.EulerDiscreteScheduler(**betas)
+    return _sd(folder, seed=seed, unet=SD21_UNET, text=OPEN_CLIP_TEXT, pad="!", scheduler=scheduler)
+
+
+def bk_sdm_tiny(folder: Path, *, seed: int = 0) -> Path:
+    """BK-SDM Tiny and Segmind's tiny-sd: 1.5 without its middle and its innermost stage; the Small ones keep that."""
+    return _sd(folder, seed=seed, unet=BK_TINY_UNET)
 
 
 def sd15_inpaint(folder: Path, *, seed: int = 0) -> Path:
@@ -377,6 +464,29 @@ def sdxl_turbo(folder: Path, *, seed: int = 0) -> Path:
     return _sdxl(folder, seed=seed, scheduler=scheduler, force_zeros_for_empty_prompt=True)
 
 
+def sdxl_lightning(folder: Path, *, seed: int = 0) -> Path:
+    """SDXL Lightning: the base's networks with a trailing schedule."""
+    scheduler = diffusers.EulerDiscreteScheduler(**{**SDXL_EULER, "timestep_spacing": "trailing"})
+    return _sdxl(folder, seed=seed, scheduler=scheduler, force_zeros_for_empty_prompt=True)
+
+
+def lcm_sdxl(folder: Path, *, seed: int = 0) -> Path:
+    """LCM-SDXL: the guidance scale is an input, in SDXL's own pipeline."""
+    scheduler = diffusers.LCMScheduler(**BETAS, original_inference_steps=50, clip_sample=False, set_alpha_to_one=True)
+    unet = {**SDXL_UNET, "time_cond_proj_dim": 256}
+    return _sdxl(folder, seed=seed, unet=unet, scheduler=scheduler, force_zeros_for_empty_prompt=True)
+
+
+def ssd_1b(folder: Path, *, seed: int = 0) -> Path:
+    """SSD-1B and Segmind Vega: SDXL with transformers removed one by one."""
+    return _sdxl(folder, seed=seed, unet=SSD_1B_UNET, force_zeros_for_empty_prompt=True)
+
+
+def koala(folder: Path, *, seed: int = 0) -> Path:
+    """KOALA-700M: SDXL without its middle and with one layer a stage."""
+    return _sdxl(folder, seed=seed, unet=KOALA_UNET, force_zeros_for_empty_prompt=True)
+
+
 def sdxl_refiner(folder: Path, *, seed: int = 0) -> Path:
     """The SDXL refiner: the second text encoder only, four sizes and an aesthetic score."""
     return _sdxl(
@@ -431,13 +541,20 @@ def sd15_controlnet_pipeline(folder: Path, *, seed: int = 0) -> Path:
 # Whole checkpoints by name.
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "sd15": sd15,
+    "sd15_checked": sd15_checked,
     "sd21": sd21,
+    "sd_turbo": sd_turbo,
+    "bk_sdm_tiny": bk_sdm_tiny,
     "sd15_inpaint": sd15_inpaint,
     "instruct_pix2pix": instruct_pix2pix,
     "lcm": lcm,
     "sd15_controlnet_pipeline": sd15_controlnet_pipeline,
     "sdxl_base": sdxl_base,
     "sdxl_turbo": sdxl_turbo,
+    "sdxl_lightning": sdxl_lightning,
+    "lcm_sdxl": lcm_sdxl,
+    "ssd_1b": ssd_1b,
+    "koala": koala,
     "sdxl_refiner": sdxl_refiner,
     "sdxl_inpaint": sdxl_inpaint,
 }

@@ -25,8 +25,8 @@ def relative_l2(reference: torch.Tensor, found: np.ndarray[Any, Any]) -> float:
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_a_graph_declares_the_contract_of_its_component(name: str, tiny_bundle: Path, tiny_loaded: Any) -> None:
-    assert OnnxSession(tiny_bundle / name / "model.onnx").spec == components_of(tiny_loaded)[name].spec
+def test_a_graph_declares_the_contract_of_its_component(name: str, tiny_bundle: Path, tiny_networks: Any) -> None:
+    assert OnnxSession(tiny_bundle / name / "model.onnx").spec == components_of(tiny_networks)[name].spec
 
 
 @pytest.mark.parametrize("name", COMPONENTS)

@@ -11,11 +11,12 @@ import threading
 import time
 from _thread import interrupt_main
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_bundle import FLOAT, make_bundle, put_graph, unet_graph
+from engine_bundle import FLOAT, decoder_graph, make_bundle, put_graph, unet_graph
 
 from latentrt.export import engine_store
 from latentrt.export.engine_builder import build_engine
@@ -24,7 +25,7 @@ from latentrt.export.engine_memory import planned_vram
 from latentrt.runtime.engine_sidecar import ShapeProfile, read_sidecar
 from latentrt.runtime.errors import ArtifactError, BuildError, UsageError
 from latentrt.runtime.machine import Machine, probe_machine
-from latentrt.runtime.manifest import check_files, load_manifest, sha256_of, update_manifest, write_scratch
+from latentrt.runtime.manifest import Manifest, check_files, load_manifest, sha256_of, update_manifest, write_scratch
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'latentrt[tensorrt-rtx]'")
 
@@ -143,6 +144,31 @@ def test_a_float_graph_called_fp16_fails_with_its_shares(tmp_path: Path) -> None
     with pytest.raises(BuildError, match=r"unet: expected an fp16 engine .*90%.* got Float 100\.0%"):
         build(bundle)
     assert engine_files(bundle) == []
+
+
+def test_a_mixed_graph_takes_the_place_of_an_fp16_one_that_would_overflow(bundle: Path) -> None:
+    def change(manifest: Manifest) -> Manifest:
+        kept = tuple(graph for graph in manifest.artifacts if graph.component != "vae_decoder")
+        return put_graph(bundle, "vae_decoder", "mixed", decoder_graph(), dataclasses.replace(manifest, artifacts=kept))
+
+    update_manifest(bundle, change)
+    results = build(bundle, components=None)
+    found = {result.sidecar.component: result.sidecar.precision for result in results}
+    assert found == {"text_encoder": "fp16", "unet": "fp16", "vae_decoder": "mixed"}
+    decoder = next(result for result in results if result.sidecar.component == "vae_decoder")
+    assert list(decoder.sidecar.onnx) == ["vae_decoder/model.mixed.onnx"]
+    assert {engine.component: engine.precision for engine in load_manifest(bundle).engines} == found
+    assert not any(result.built for result in build(bundle, components=None))
+
+
+def test_graphs_beside_those_of_text_to_image_are_built_only_when_asked_for(bundle: Path) -> None:
+    others = ("safety_checker", "unet_prompt", "vae_decoder_uint8", "vae_encoder")
+    for name in others:
+        update_manifest(bundle, partial(put_graph, bundle, name, "fp16", decoder_graph()))
+    results = build(bundle, components=None)
+    assert [result.sidecar.component for result in results] == ["text_encoder", "unet", "vae_decoder"]
+    with pytest.raises(UsageError, match=f"found .*{', '.join(others)}"):
+        build(bundle, components=("taesd_decoder",))
 
 
 def test_what_the_parser_refuses_is_said_with_the_node(tmp_path: Path) -> None:

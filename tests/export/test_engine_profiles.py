@@ -103,6 +103,7 @@ def test_sdxl_conditions_have_rows_and_fixed_features() -> None:
     [
         ("text_encoder", TensorSpec("input_ids", "int64", ("b", "n")), ((1, 77), (8, 77), (48, 77))),
         ("text_encoder", TensorSpec("input_ids", "int64", ("b", 77)), ((1, 77), (8, 77), (48, 77))),
+        ("text_encoder_2", TensorSpec("input_ids", "int64", ("b", 77)), ((1, 77), (8, 77), (48, 77))),
         (
             "vae_decoder",
             TensorSpec("latent_sample", "float32", ("b", 4, "h", "w")),
@@ -144,9 +145,11 @@ def test_a_vae_without_blocks_is_a_config_error() -> None:
 
 def test_tensor_bytes_follow_names_and_multiples_of_them() -> None:
     latent = TensorSpec("latent_sample", "float32", ("b", 4, "h", "w"))
-    picture = TensorSpec("sample", "uint8", ("b", "8*h", "8*w", 3))
+    picture = TensorSpec("sample", "uint8", ("b", "8*h", "w * 8", 3))
     profiles = {"latent_sample": ShapeProfile((1, 4, 8, 8), (1, 4, 8, 8), (2, 4, 8, 16))}
     assert tensor_bytes((latent,), (picture,), profiles, {}) == 2 * 4 * 8 * 16 * 4 + 2 * 64 * 128 * 3
+    parameters = TensorSpec("latent_parameters", "float16", ("b", 8, "h / 4", "w / 8"))
+    assert tensor_bytes((latent,), (parameters,), profiles, {}) == 2 * 4 * 8 * 16 * 4 + 2 * 8 * 2 * 2 * 2
     unknown = TensorSpec("sample", "uint8", ("b", "8*h + 1", "8*w", 3))
     assert tensor_bytes((latent,), (unknown,), profiles, {}) is None
     named = TensorSpec("sample", "uint8", ("b", "height", "width", 3))

@@ -18,6 +18,7 @@ def readout(**weights: int) -> PrecisionReadout:
     [
         ("fp16", {"Half": 90, "Float": 10}),
         ("fp32", {"Float": 100}),
+        ("mixed", {"Half": 10, "Float": 90}),
         ("int8", {"Int8": 50, "Half": 50}),
         ("mxfp4", {"Float": 1}),
     ],
@@ -33,6 +34,7 @@ def test_an_engine_that_is_what_it_is_called_passes(precision: str, weights: dic
         ("fp16", {"Float": 5}, "Float 100.0%"),
         ("fp16", {}, "no weights"),
         ("int8", {"Int8": 49, "Half": 51}, "at least 50%"),
+        ("mixed", {"Float": 100}, "at least 10% of its weights in Half layers, got Float 100.0%"),
         ("fp32", {"Half": 1}, "in Float layers, got Half 100.0%"),
     ],
 )

@@ -10,40 +10,28 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from safetensors.torch import load_file, save_file
+from exports import VAE, contents, edited, failing, hidden, watch_builds
+from families import controlnet
 from tiny import COMPONENTS
 
-from latentrt.export import export_plan, exporter, graph_builder, staging
+from latentrt.export import export_plan, export_run, graph_builder, graph_files, staging
+from latentrt.export.checkpoint import open_checkpoint
 from latentrt.export.exporter import export_checkpoint
+from latentrt.export.tool_versions import tool_versions
 from latentrt.runtime.bundle import open_bundle
 from latentrt.runtime.errors import ArtifactError, ExportError, UsageError
 from latentrt.runtime.manifest import EngineRecord, load_manifest, record_of, save_manifest, update_manifest
 
-VAE = "vae/diffusion_pytorch_model.safetensors"
 Install = Callable[..., None]
 
 
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bundle, tmp_path / "tiny.bundle"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def edit_weight(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint with one value of the VAE's decoder changed."""
-    copy = Path(shutil.copytree(checkpoint, tmp_path / "edited"))
-    weights = load_file(copy / VAE)
-    weights["decoder.conv_in.bias"] += 0.5
-    save_file(weights, copy / VAE, metadata={"format": "pt"})
-    return copy
 
 
 def add_to(model: ir.Model, name: str, amount: float) -> None:
@@ -60,7 +48,7 @@ def test_a_bundle_holds_everything_and_every_file_is_in_its_manifest(tiny_bundle
     assert [(a.component, a.precision) for a in manifest.artifacts] == [
         (component, precision) for component in COMPONENTS for precision in ("fp16", "fp32")
     ]
-    assert {name for name in contents(tiny_bundle) if name not in (".lock", "manifest.json")} == set(manifest.files)
+    assert contents(tiny_bundle).keys() - {"manifest.json"} == set(manifest.files)
     open_bundle(tiny_bundle).check()
     for name in ("model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "unet/config.json"):
         assert (tiny_bundle / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
@@ -74,6 +62,7 @@ def test_the_manifest_records_parity_within_the_bounds(tiny_bundle: Path) -> Non
     for artifact in load_manifest(tiny_bundle).artifacts:
         cases = {name: figures for name, figures in artifact.parity.items() if isinstance(figures, dict)}
         assert len(cases) >= 2
+        assert artifact.parity["check"] == "full"
         assert all(figures.keys() == {"max_abs", "relative_l2", "psnr_db"} for figures in cases.values())
         worst = artifact.parity["worst_relative_l2"]
         assert worst == max(figures["relative_l2"] for figures in cases.values())
@@ -81,19 +70,30 @@ def test_the_manifest_records_parity_within_the_bounds(tiny_bundle: Path) -> Non
         assert artifact.parameters > 10_000
         if artifact.precision == "fp16":
             nearest = [item["max_abs"] for item in artifact.parity["nearest_overflow"]]
-            assert len(nearest) == 3
+            assert len(nearest) == 10
             assert nearest == sorted(nearest, reverse=True)
+            assert artifact.parity["ran"] is True
+            assert artifact.parity["casts"] > 0
 
 
 def test_an_unchanged_checkpoint_is_up_to_date_and_torch_is_not_asked(
     bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "load_pipeline", lambda checkpoint: pytest.fail("loaded"))
+    monkeypatch.setattr(export_run, "make_graphs", failing(AssertionError("made")))
     before = contents(bundle)
     lines = export_checkpoint(tiny_checkpoint, bundle)
     assert {line.status for line in lines} == {"up to date"}
     assert len(lines) == 8
     assert contents(bundle) == before
+
+
+def test_what_is_up_to_date_needs_no_torch(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(tiny_bundle, tmp_path / "tiny.bundle")
+    code = (
+        "import pathlib, sys; from latentrt.export.exporter import export_checkpoint; "
+        "export_checkpoint(*map(pathlib.Path, sys.argv[1:])); assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tiny_checkpoint), str(target)], check=True)
 
 
 def test_a_changed_weight_exports_its_component_again_and_says_so(
@@ -104,9 +104,9 @@ def test_a_changed_weight_exports_its_component_again_and_says_so(
             add_to(model, "decoder.conv_in.bias", 0.5)
 
     exports_from_bundle(follow)
-    edited = edit_weight(tiny_checkpoint, tmp_path)
+    checkpoint = edited(tiny_checkpoint, tmp_path / "edited", "decoder.conv_in.bias", lambda bias: bias + 0.5)
     before = load_manifest(bundle)
-    lines = export_checkpoint(edited, bundle, precisions=["fp32"])
+    lines = export_checkpoint(checkpoint, bundle, precisions=["fp32"])
     status = {line.artifact.component: (line.status, line.reason) for line in lines}
     assert status["unet"] == ("up to date", "")
     assert status["vae_decoder"] == ("exported", f"changed: source.{VAE}")
@@ -139,8 +139,7 @@ def test_other_causes_are_named_too(
     exports_from_bundle()
     expected = {"fp32"} if cause != "damage" else set()
     if cause == "tool":
-        real = export_plan.tool_versions
-        monkeypatch.setattr(export_plan, "tool_versions", lambda *names: {**real(*names), "torch": "99"})
+        monkeypatch.setattr(export_plan, "tool_versions", lambda *names: {**tool_versions(*names), "torch": "99"})
     if cause == "damage":
         graph = bundle / "unet/model.onnx"
         graph.write_bytes(graph.read_bytes()[:-1] + b"x")
@@ -175,13 +174,6 @@ def test_a_nan_in_a_graph_fails(bundle: Path, tiny_checkpoint: Path, exports_fro
     exports_from_bundle(poison)
     with pytest.raises(ExportError, match=r"text_encoder fp32.*NaN"):
         export_checkpoint(tiny_checkpoint, bundle, force=True)
-
-
-def failing(error: BaseException) -> Callable[..., Any]:
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        raise error
-
-    return fail
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -231,6 +223,103 @@ def test_a_bundle_path_that_is_something_else_is_refused(what: str, tiny_checkpo
         export_checkpoint(tiny_checkpoint, target)
 
 
+def test_fp16_and_mixed_of_one_component_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected fp16 or mixed, got both"):
+        export_checkpoint(tiny_checkpoint, tmp_path / "x", precisions=["fp16", "mixed"])
+    with pytest.raises(UsageError, match="check: expected one of auto, full, quick, got 'none'"):
+        export_checkpoint(tiny_checkpoint, tmp_path / "x", check="none")
+    assert not (tmp_path / "x").exists()
+
+
+def test_fp16_that_would_overflow_is_made_mixed(
+    bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = edited(tiny_checkpoint, tmp_path / "wide", "decoder.conv_in.weight", lambda weight: weight * 1e5)
+    lines = {line.artifact.component: line for line in export_checkpoint(wide, bundle, precisions=["fp16"])}
+    assert lines["unet"].status == "up to date"
+    decoder = lines["vae_decoder"].artifact
+    assert (decoder.precision, decoder.path) == ("mixed", "vae_decoder/model.mixed.onnx")
+    assert decoder.inputs["precision"] == "fp16"
+    assert decoder.parity["nearest_overflow"][0]["max_abs"] > 65504
+    assert decoder.parity["nearest_overflow"][0]["tensor"] in decoder.parity["kept"]
+    assert lines["vae_encoder"].artifact.precision == "fp16"
+    assert not (bundle / "vae_decoder/model.fp16.onnx").exists()
+    before = contents(bundle)
+    with monkeypatch.context() as patch:
+        patch.setattr(export_run, "make_graphs", failing(AssertionError("made")))
+        lines_again = export_checkpoint(wide, bundle, precisions=["fp16"])
+    assert {line.status for line in lines_again} == {"up to date"}
+    assert contents(bundle) == before
+    export_checkpoint(tiny_checkpoint, bundle, precisions=["fp16"])
+    manifest = load_manifest(bundle)
+    assert [a.precision for a in manifest.artifacts if a.component == "vae_decoder"] == ["fp16"]
+    assert not (bundle / "vae_decoder/model.mixed.onnx").exists()
+
+
+def test_bf16_is_compared_and_does_not_run(bundle: Path, tiny_checkpoint: Path) -> None:
+    lines = export_checkpoint(tiny_checkpoint, bundle, precisions=["bf16"])
+    assert [line.artifact.component for line in lines] == list(COMPONENTS)
+    for line in lines:
+        assert line.artifact.path == f"{line.artifact.component}/model.bf16.onnx"
+        assert line.artifact.parity["ran"] is False
+        assert 1e-4 < line.artifact.parity["worst_relative_l2"] <= 8e-2
+        assert "kept" not in line.artifact.parity
+    assert {line.status for line in export_checkpoint(tiny_checkpoint, bundle, precisions=["bf16"])} == {"up to date"}
+    assert len(load_manifest(bundle).artifacts) == 12
+    open_bundle(bundle).check()
+
+
+def test_the_unet_for_controlnets_reads_the_unets_weights(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the U-Net is in the bundle already, and when it is made in the same run."""
+    monkeypatch.setattr(graph_files, "EXTERNAL_DATA_BYTES", 0)
+    target = tmp_path / "x.bundle"
+    export_checkpoint(tiny_checkpoint, target, precisions=["fp32"])
+    checkpoint = open_checkpoint(tiny_checkpoint, controlnets=[controlnet(tmp_path / "controlnet")])
+    bundles = []
+    for force in (False, True):
+        with monkeypatch.context() as patch:
+            made = watch_builds(patch)
+            lines = export_checkpoint(checkpoint, target, precisions=["fp32"], force=force)
+        assert (("unet", "fp32") in made) == force
+        files = {line.artifact.component: line.artifact.files for line in lines}
+        assert files["unet"] == ("unet/model.onnx", "unet/model.onnx_data")
+        assert files["unet_control"] == ("unet/control.onnx", "unet/model.onnx_data")
+        assert files["controlnet"] == ("controlnet/model.onnx", "controlnet/model.onnx_data")
+        open_bundle(target).check()
+        assert hidden(target) == []
+        bundles.append(contents(target))
+    assert bundles[0] == bundles[1]
+    assert {name for name in bundles[0] if name.startswith("unet/")} == {
+        f"unet/{name}" for name in ("config.json", "control.onnx", "model.onnx", "model.onnx_data")
+    }
+    # An export without the ControlNet lets it stay as long as the U-Net is the same.
+    export_checkpoint(tiny_checkpoint, target, precisions=["fp32"])
+    assert load_manifest(target).artifact("unet_control", "fp32") is not None
+
+
+def test_progress_goes_from_nothing_to_all(bundle: Path, tiny_checkpoint: Path) -> None:
+    said: list[tuple[str, float]] = []
+    export_checkpoint(
+        tiny_checkpoint,
+        bundle,
+        uint8_vae=True,
+        prompt_keys=True,
+        report=lambda message, share: said.append((message, share)),
+    )
+    shares = [share for _, share in said]
+    assert shares == sorted(shares)
+    assert shares[0] == 0.0
+    assert shares[-1] == 1.0
+    assert [message for message, share in said if 0 < share < 1] == [
+        "unet_prompt and unet_cached: fp32",
+        "vae_decoder_uint8: fp16",
+        "vae_decoder_uint8: fp32",
+    ]
+    assert said[-1][0] == "moving the graphs into place"
+
+
 @pytest.mark.parametrize("precisions", [["int8"], ["fp32", "half"], []])
 def test_an_unknown_precision_is_a_usage_error(precisions: list[str], tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="fp32, fp16"):
@@ -270,19 +359,34 @@ def test_an_engine_of_a_replaced_graph_goes_with_it(
     open_bundle(bundle).check()
 
 
-# Runs an export with the shared bundle's graphs in place of torch.onnx's; "kill" dies while files are being moved.
+# Runs an export that takes the shared bundle's graphs, renamed, in place of making some, so that torch is not imported.
+# "kill" dies while files are being moved.
 SCRIPT = """
-import os, pathlib, signal, sys
+import dataclasses, os, pathlib, shutil, signal, sys, types
 import onnx_ir as ir
-from latentrt.export import graph_builder, staging
+from latentrt.export import staging
 from latentrt.export.exporter import export_checkpoint
-checkpoint, graphs, bundle, mode = sys.argv[1:]
-def load(component, *, opset):
-    model = ir.load(pathlib.Path(graphs) / component.spec.name / "model.onnx")
-    model.graph.name = "again"
-    return model
-graph_builder.to_onnx = load
-if mode == "kill":
+from latentrt.export.tool_versions import tool_versions
+from latentrt.runtime.latent_preview import LATENT_RGB_FILE
+from latentrt.runtime.manifest import load_manifest
+checkpoint, graphs, bundle = map(pathlib.Path, sys.argv[1:4])
+def make_graphs(order):
+    built = {}
+    for plan in order["planned"]:
+        artifact = load_manifest(graphs).artifact(plan.component, plan.precision)
+        model = ir.load(graphs / artifact.path)
+        model.graph.name = "again"
+        path = order["folder"] / artifact.path
+        path.parent.mkdir(exist_ok=True)
+        ir.save(model, path)
+        artifact = dataclasses.replace(artifact, key=plan.key, inputs=plan.inputs)
+        built[plan.component, plan.precision] = artifact, 0.1
+    shutil.copy(graphs / LATENT_RGB_FILE, order["folder"] / LATENT_RGB_FILE)
+    return built
+run = types.ModuleType("latentrt.export.export_run")
+run.Order, run.make_graphs = dict, make_graphs
+sys.modules[run.__name__] = run
+if sys.argv[4] == "kill":
     moves, replace = [], os.replace
     def dying(source, target):
         if staging.PREFIX in str(source):
@@ -291,8 +395,7 @@ if mode == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
     staging.os.replace = dying
-lines = export_checkpoint(pathlib.Path(checkpoint), pathlib.Path(bundle), precisions=["fp32"], force=True)
-print(len(lines))
+print(len(export_checkpoint(checkpoint, bundle, precisions=["fp32"], force=True)))
 """
 
 

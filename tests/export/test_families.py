@@ -17,14 +17,13 @@ import transformers
 from families import FAMILIES, Sources, sd15
 from safetensors.torch import load_file
 
-from latentrt.export import graph_builder
-from latentrt.export import to_onnx as to_onnx_module
+from latentrt.export import graph_builder, graph_files
 from latentrt.export.checkpoint import open_checkpoint
-from latentrt.export.checkpoint_weights import libraries_quiet
 from latentrt.export.component import Component
 from latentrt.export.export_plan import graph_path
 from latentrt.export.exporter import export_checkpoint
-from latentrt.export.shared_weights import files_of, save_sharing
+from latentrt.export.graph_files import files_of, save_onnx, save_sharing
+from latentrt.export.networks import libraries_quiet
 from latentrt.runtime.bundle import open_bundle
 from latentrt.runtime.cli import main
 from latentrt.runtime.errors import ArtifactError, ConfigError
@@ -41,7 +40,10 @@ BOTH = ["text_encoder", "text_encoder_2"]
 VAE = ["vae_decoder", "vae_encoder"]
 COMPONENTS = {
     **{name: [*TEXT, "unet", *VAE] for name in ("sd15", "sd21", "sd15_inpaint", "instruct_pix2pix", "lcm")},
+    "bk_sdm_tiny": [*TEXT, "unet", *VAE],
     **{name: [*BOTH, "unet", *VAE] for name in ("sdxl_base", "sdxl_turbo", "sdxl_inpaint")},
+    **{name: [*BOTH, "unet", *VAE] for name in ("lcm_sdxl", "ssd_1b", "koala")},
+    "sd15_checked": [*TEXT, "unet", *VAE, "safety_checker"],
     "sdxl_refiner": ["text_encoder_2", "unet", *VAE],
     "sd15_controlnet_pipeline": [*TEXT, "unet", "unet_control", "controlnet", *VAE],
     "sd15_control": [*TEXT, "unet", "unet_control", "controlnet", "controlnet_2", *VAE, "taesd_decoder"],
@@ -124,7 +126,8 @@ def test_a_bundle_holds_the_familys_components_configs_and_parity(
     open_bundle(bundle).check()
     for artifact in manifest.artifacts:
         assert 0 < artifact.parity["worst_relative_l2"] <= BOUND
-        cases = {case for case in artifact.parity if case != "worst_relative_l2"}
+        assert artifact.parity["check"] == "full"
+        cases = artifact.parity.keys() - {"worst_relative_l2", "check"}
         if artifact.component.startswith(("unet", "controlnet")):
             assert {"one row", "154 embeddings", "another size", "mixed timesteps"} < cases
         else:
@@ -153,6 +156,15 @@ def test_a_bundle_holds_the_familys_components_configs_and_parity(
         ("sd15_inpaint", 9, 32, {}),
         ("instruct_pix2pix", 8, 32, {}),
         ("lcm", 4, 32, {"timestep_cond": ("batch", 256)}),
+        ("bk_sdm_tiny", 4, 32, {}),
+        ("ssd_1b", 4, 64, {"text_embeds": ("batch", 32), "time_ids": ("batch", 6)}),
+        ("koala", 4, 64, {"text_embeds": ("batch", 32), "time_ids": ("batch", 6)}),
+        (
+            "lcm_sdxl",
+            4,
+            64,
+            {"text_embeds": ("batch", 32), "time_ids": ("batch", 6), "timestep_cond": ("batch", 256)},
+        ),
         ("sdxl_base", 4, 64, {"text_embeds": ("batch", 32), "time_ids": ("batch", 6)}),
         ("sdxl_inpaint", 9, 64, {"text_embeds": ("batch", 32), "time_ids": ("batch", 6)}),
         ("sdxl_refiner", 4, 32, {"text_embeds": ("batch", 32), "time_ids": ("batch", 5)}),
@@ -176,7 +188,7 @@ def test_a_unet_has_its_familys_inputs_and_answers_as_diffusers_does(
         assert relative_l2(predict(unet, inputs), session(arrays(inputs))["out_sample"]) <= BOUND
 
 
-@pytest.mark.parametrize("name", ["sdxl_base", "lcm", "sd15_inpaint"])
+@pytest.mark.parametrize("name", ["sdxl_base", "lcm", "sd15_inpaint", "lcm_sdxl"])
 def test_every_input_of_a_unet_changes_its_answer(
     name: str, family_bundle: Bundles, family_sources: Checkpoints
 ) -> None:
@@ -285,7 +297,7 @@ def test_every_component_converts_to_fp16(
     name: str, family_bundle: Bundles, family_sources: Checkpoints, tmp_path: Path
 ) -> None:
     bundle, source = Path(shutil.copytree(family_bundle(name), tmp_path / "b")), family_sources(name)
-    lines = export_checkpoint(source.path, bundle, controlnets=source.controlnets, taesd=source.taesd)
+    lines = export_checkpoint(open_checkpoint(source.path, controlnets=source.controlnets, taesd=source.taesd), bundle)
     status = {(line.artifact.component, line.artifact.precision): line.status for line in lines}
     assert status == {
         (component, precision): "up to date" if precision == "fp32" else "exported"
@@ -337,7 +349,7 @@ def test_the_command_takes_controlnets_and_a_taesd(
 def traced_already(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     """Take the graphs of another bundle instead of tracing."""
 
-    def load(component: Component, *, opset: int) -> ir.Model:
+    def load(component: Component, *, opset: int, cache: Path | None = None) -> ir.Model:
         return ir.load(bundle / graph_path(component.spec.name, "fp32"))
 
     monkeypatch.setattr(graph_builder, "to_onnx", load)
@@ -356,22 +368,30 @@ def test_what_belonged_to_another_checkpoint_goes(
     open_bundle(bundle).check()
 
 
-def test_the_safety_checker_is_left_out_and_named(
+def test_an_image_encoder_is_left_out_and_named(
     family_bundle: Bundles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = sd15(tmp_path / "c")
     index = json.loads((folder / "model_index.json").read_text())
-    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
     (folder / "model_index.json").write_text(json.dumps(index))
     checkpoint = open_checkpoint(folder)
-    assert checkpoint.left_out == ("safety_checker",)
+    assert checkpoint.left_out == ("image_encoder",)
     assert list(checkpoint.components) == COMPONENTS["sd15"]
     shutil.copytree(family_bundle("sd15"), tmp_path / "b")
     words = ["export", str(folder), "-o", str(tmp_path / "b"), "--precision", "fp32"]
     assert main(words) == 0
-    assert "left out: safety_checker" in capsys.readouterr().out
+    assert "left out: image_encoder" in capsys.readouterr().out
     assert main([*words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["left_out"] == ["safety_checker"]
+    assert json.loads(capsys.readouterr().out)["left_out"] == ["image_encoder"]
+
+
+def test_the_safety_checker_comes_with_its_preprocessing(family_bundle: Bundles, family_sources: Checkpoints) -> None:
+    bundle, source = family_bundle("sd15_checked"), family_sources("sd15_checked")
+    assert open_checkpoint(source.path).left_out == ()
+    name = "feature_extractor/preprocessor_config.json"
+    assert name in load_manifest(bundle).files
+    assert (bundle / name).read_bytes() == (source.path / name).read_bytes()
 
 
 def edited(folder: Path, to: Path, **changes: Any) -> Path:
@@ -434,9 +454,9 @@ def test_the_unet_with_residuals_shares_the_unets_external_data(
     family_bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = family_bundle("sd15_control") / "unet"
-    monkeypatch.setattr(to_onnx_module, "EXTERNAL_DATA_BYTES", 10_000)
+    monkeypatch.setattr(graph_files, "EXTERNAL_DATA_BYTES", 10_000)
     holder, path = tmp_path / "model.onnx", tmp_path / "control.onnx"
-    to_onnx_module.save_onnx(ir.load(source / "model.onnx"), holder)
+    save_onnx(ir.load(source / "model.onnx"), holder)
     files = save_sharing(ir.load(source / "control.onnx"), path, holder)
     assert list(files) == files_of(path) == [path, tmp_path / "model.onnx_data"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["control.onnx", "model.onnx", "model.onnx_data"]
@@ -458,7 +478,7 @@ def test_an_export_lists_the_shared_data_with_both_graphs(
 ) -> None:
     name, bundle = "sd15_controlnet_pipeline", tmp_path / "b"
     traced_already(monkeypatch, family_bundle(name))
-    monkeypatch.setattr(to_onnx_module, "EXTERNAL_DATA_BYTES", 100_000)
+    monkeypatch.setattr(graph_files, "EXTERNAL_DATA_BYTES", 100_000)
     export_checkpoint(family_sources(name).path, bundle)
     manifest = load_manifest(bundle)
     for precision, end in (("fp32", "onnx"), ("fp16", "fp16.onnx")):
@@ -482,9 +502,9 @@ def test_without_external_data_or_with_other_weights_nothing_is_shared(
     bundle = family_bundle("sd15_control")
     path = tmp_path / "control.onnx"
     assert save_sharing(ir.load(bundle / "unet/control.onnx"), path, bundle / "unet/model.onnx") == (path,)
-    monkeypatch.setattr(to_onnx_module, "EXTERNAL_DATA_BYTES", 10_000)
+    monkeypatch.setattr(graph_files, "EXTERNAL_DATA_BYTES", 10_000)
     other = tmp_path / "model.onnx"
-    to_onnx_module.save_onnx(ir.load(bundle / "vae_decoder/model.onnx"), other)
+    save_onnx(ir.load(bundle / "vae_decoder/model.onnx"), other)
     files = save_sharing(ir.load(bundle / "unet/control.onnx"), path, other)
     assert files == (path, tmp_path / "control.onnx_data")
 

@@ -181,7 +181,9 @@ def curand_normal4(seed: int, subsequence: int, state: int) -> list[float]:
         k = [(k[0] + 0x9E3779B9) & mask, (k[1] + 0xBB67AE85) & mask]
     normals = []
     for x, y in ((c[0], c[1]), (c[2], c[3])):
-        radius = math.sqrt(-2.0 * math.log((x + 0.5) / 2**32))
+        # Near 1, the logarithm of a uniform number is what its rounding to float32 has left of it.
+        uniform = np.float32(float(np.float32(x)) / 2**32 + 0.5 / 2**32)
+        radius = math.sqrt(-2.0 * math.log(uniform))
         angle = 2.0 * math.pi * (y + 0.5) / 2**32
         normals += [radius * math.sin(angle), radius * math.cos(angle)]
     return normals

@@ -1,0 +1,102 @@
+"""Make one component's graph in half precision, in float32 where it must be, and prove it against PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from latentrt.runtime.session import OnnxSession
+
+from .activation_range import activation_ranges
+from .cast_cleanup import CastCleanupPass
+from .graph_files import weight_bytes
+from .half_precision import HALF_TYPES, HalfPrecisionPass, cast_count
+from .half_rounding import rounded_session
+from .overflow import mixed_keep, nearest_overflow
+from .parity import BOUNDS, Case, measure
+from .resources import release_memory
+
+# Graphs with more weights than this are checked as they are written: optimized, ONNX Runtime would copy the weights.
+LARGE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class BuiltGraph:
+    """A graph that was made and proven.
+
+    Attributes:
+        precision: as asked for, or mixed where fp16 was asked for and would overflow.
+        files: that it consists of, the graph first.
+        parity: figures against PyTorch, with `nearest_overflow`, the number of `casts` and, of a mixed graph, the
+            tensors `kept` in float32.
+    """
+
+    precision: str
+    files: tuple[Path, ...]
+    parity: dict[str, Any]
+
+
+def build_half(
+    component: str,
+    load: Callable[[], ir.Model],
+    path_of: Callable[[str], Path],
+    cases: Sequence[Case],
+    *,
+    precision: str,
+    save: Callable[[ir.Model, Path, str], tuple[Path, ...]],
+) -> BuiltGraph:
+    """Convert an fp32 graph, find out on its own cases whether it overflows, and compare it with the fp32 model.
+
+    The figures are those of the graph rounded after every operator, because ONNX Runtime's CPU rounds an fp16 graph
+    too rarely and has no kernels for bf16 (see half_rounding). An fp16 or mixed graph itself has to run as well,
+    finite and within bounds; of a bf16 one `parity["ran"]` says that it did not.
+
+    Args:
+        component: for messages.
+        load: the fp32 graph, a new one at each call; its weights are read when they are written.
+        path_of: where to write the graph of a precision.
+        precision: fp16, bf16 or mixed. An fp16 graph that would overflow is made mixed instead.
+        save: writes a graph of a precision with its weights and returns the files, the graph first.
+
+    Raises:
+        ExportError: a weight overflows, or a figure is out of bounds.
+    """
+    model, files = _write(load, (), path_of(precision), precision, save)
+    release_memory()
+    ranges = activation_ranges(files[0], [case.feeds for case in cases])
+    release_memory()
+    full = load()
+    keep = frozenset() if precision == "bf16" else mixed_keep(full, ranges)
+    made = "mixed" if keep else precision
+    if keep:
+        for file in files:
+            # Not those of another graph that it shares weights with.
+            if file.name.startswith(files[0].name):
+                file.unlink()
+        model, files = _write(load, keep, path_of(made), made, save)
+    name, bound = f"{component} {made}", BOUNDS[made]
+    runs = made != "bf16"
+    if runs:
+        measure(OnnxSession(files[0], optimize=weight_bytes(model) <= LARGE_BYTES), cases, name=name, bound=bound)
+    parity = measure(rounded_session(files[0]), cases, name=name, bound=bound)
+    parity |= {"nearest_overflow": nearest_overflow(full, ranges), "casts": cast_count(model), "ran": runs}
+    if made == "mixed":
+        parity["kept"] = sorted(keep)
+    return BuiltGraph(made, files, parity)
+
+
+def _write(
+    load: Callable[[], ir.Model],
+    keep: Collection[str],
+    path: Path,
+    precision: str,
+    save: Callable[[ir.Model, Path, str], tuple[Path, ...]],
+) -> tuple[ir.Model, tuple[Path, ...]]:
+    model = load()
+    HalfPrecisionPass(HALF_TYPES[precision], keep)(model)
+    CastCleanupPass()(model)
+    return model, save(model, path, precision)
