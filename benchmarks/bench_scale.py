@@ -41,7 +41,8 @@ def report(message, share):
     if stages:
         stages[-1] |= {"peak_bytes": peak(), "seconds": now - stages[-1]["at"]}
     stages.append({"stage": message, "at": now})
-lines = export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), precisions=[sys.argv[3]], check=sys.argv[4], report=report)
+source, bundle, precision, check = sys.argv[1:]
+export_checkpoint(Path(source), Path(bundle), precisions=[precision], check=check, report=report)
 report("end", 1.0)
 json.dump({"seconds": time.perf_counter() - started, "stages": stages[:-1]}, sys.stdout)
 """
@@ -104,10 +105,9 @@ def main() -> None:
     for name, results in families.items():
         for kind in ("cold", "warm", "traced_again"):
             figures = results[kind]
-            print(
-                f"{name} {options.precision} {kind}: {figures['seconds']:.0f} s, peak {figures['peak_bytes'] / 1e9:.2f} GB, "
-                f"U-Net {figures['unet_peak_bytes'] / 1e9:.2f} GB, {figures['graphs']['unet']['relative_l2']:.1e}"
-            )
+            peak, unet = figures["peak_bytes"] / 1e9, figures["unet_peak_bytes"] / 1e9
+            error = figures["graphs"]["unet"]["relative_l2"]
+            print(f"{name} {kind}: {figures['seconds']:.0f} s, peak {peak:.2f} GB, U-Net {unet:.2f} GB, {error:.1e}")
         print(f"{name}: the graph from the cache gives the same files: {results['bit_equal']}")
     if options.json:
         machine = {"cpu": platform.processor(), "cores": os.cpu_count(), "gpu": "none: not run on a GPU"}
