@@ -40,7 +40,7 @@ class PackProjectionsPass(InPlacePass):
     Every column is the same sum of products as before: equal bit for bit where the wider product is summed in the same
     order, as in ONNX Runtime.
 
-    For ONNX Runtime on the CPU it changes nothing that can be measured (transformer blocks of SD 1.5, on a shared machine), and
+    For ONNX Runtime on the CPU it changes nothing that can be measured (transformer blocks of SD 1.5), and
     TensorRT-RTX merges the products by itself, attention fused with and without; there, the Split of cross-attention's
     keys and values even costs two copies a block. It is for runtimes that run the graph as it is written.
 

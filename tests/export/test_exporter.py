@@ -366,7 +366,6 @@ import dataclasses, os, pathlib, shutil, signal, sys, types
 import onnx_ir as ir
 from latentrt.export import staging
 from latentrt.export.exporter import export_checkpoint
-from latentrt.export.tool_versions import tool_versions
 from latentrt.runtime.latent_preview import LATENT_RGB_FILE
 from latentrt.runtime.manifest import load_manifest
 checkpoint, graphs, bundle = map(pathlib.Path, sys.argv[1:4])
