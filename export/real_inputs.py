@@ -103,9 +103,7 @@ def _variations(calls: list[Call]) -> dict[str, Feeds]:
         "one row": row_of(first, len(first["sample"]) - 1),
         "154 embeddings": {**middle, "encoder_hidden_states": torch.cat([text, text.flip(0)], dim=1)},
         "another size": {**middle, "sample": cut},
-        "mixed timesteps": {
-            name: torch.stack([call.feeds[name][-1] for call in (calls[0], calls[-1])]) for name in first
-        },
+        "mixed timesteps": {name: torch.stack([call.feeds[name][-1] for call in calls]) for name in first},
     }
 
 
