@@ -17,7 +17,6 @@ from .component import Component
 
 LATENT = ("latent_height", "latent_width")
 PIXEL = ("height", "width")
-# Sizes of outputs are expressions of the inputs' names, which optimum evaluates to allocate buffers.
 
 
 class VaeDecoder(nn.Module):
@@ -80,6 +79,7 @@ def _factor(widths: Sequence[int]) -> int:
 
 def _decoder(name: str, module: nn.Module, config: Any, factor: int) -> Component:
     channels = int(config.latent_channels)
+    # An expression of the input's names, which optimum evaluates to allocate buffers.
     pixels = [f"{size} * {factor}" for size in LATENT]
     return Component(
         module=module.eval(),

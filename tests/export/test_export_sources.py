@@ -120,31 +120,28 @@ NARROW_UNET = {
     "layers_per_block": 1,
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
 }
-NARROW: dict[str, dict[str, dict[str, Any]]] = {
-    "sd1": {"unet": NARROW_UNET, "text_encoder": NARROW_TEXT},
-    "sd2": {"unet": {**NARROW_UNET, "attention_head_dim": [1, 2]}, "text_encoder": NARROW_TEXT},
-}
 NARROW_VAE = {"block_out_channels": [32, 32, 32, 64], "layers_per_block": 1}
+NARROW: dict[str, dict[str, Any]] = {"unet": NARROW_UNET, "text_encoder": NARROW_TEXT, "vae": NARROW_VAE}
 
 
-def narrow_configs(family: str) -> dict[str, dict[str, Any]]:
-    """A family's configs by component, as its weights will show them."""
-    published = {part: dict(config) for part, config in published_configs(family).items()}
-    for part, narrow in {**NARROW[family], "vae": NARROW_VAE}.items():
+def narrow_configs() -> dict[str, dict[str, Any]]:
+    """Stable Diffusion 1's configs by component, as its weights will show them."""
+    published = {part: dict(config) for part, config in published_configs("sd1").items()}
+    for part, narrow in NARROW.items():
         published[part] |= narrow
     for part in ("unet", "vae"):
         del published[part]["_class_name"]
     return published
 
 
-def narrow_pipeline(family: str, tokenizer: Path) -> Any:
-    """A diffusers pipeline of a family with its published schedule and tokenizer, and narrow networks.
+def narrow_pipeline(tokenizer: Path) -> Any:
+    """A diffusers pipeline with Stable Diffusion 1's published schedule and tokenizer, and narrow networks.
 
     Args:
         tokenizer: folder to write it to.
     """
-    configs = narrow_configs(family)
-    for name, content in tokenizer_files("!" if family == "sd2" else END).items():
+    configs = narrow_configs()
+    for name, content in tokenizer_files(END).items():
         (tokenizer / name).write_bytes(content)
     with libraries_quiet():
         pipeline = diffusers.StableDiffusionPipeline(
@@ -161,16 +158,13 @@ def narrow_pipeline(family: str, tokenizer: Path) -> Any:
     return pipeline
 
 
-@pytest.mark.parametrize(("family", "words"), [("sd1", []), ("sd2", ["--prediction-type", "v_prediction"])])
-def test_a_single_file_alone_draws_as_diffusers_does(
-    family: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_single_file_alone_draws_as_diffusers_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With configs that its weights and its family tell, and the tokenizer that ships with this package."""
-    pipeline = narrow_pipeline(family, tmp_path)
+    pipeline = narrow_pipeline(tmp_path)
     states = {part: ldm_layout.state_of(part, getattr(pipeline, part)) for part in ("unet", "vae", "text_encoder")}
-    state = ldm_layout.single_file_state(family, states, narrow_configs(family))
+    state = ldm_layout.single_file_state("sd1", states, narrow_configs())
     file = ldm_layout.write_file(tmp_path / "model.safetensors", state)
     bundle = tmp_path / "b"
-    assert main(["export", str(file), "-o", str(bundle), *words, *OPTIONS]) == 0
+    assert main(["export", str(file), "-o", str(bundle), *OPTIONS]) == 0
     assert len(json.loads(capsys.readouterr().out)["artifacts"]) == 4
     check_pictures(bundle, pipeline, CASES["sd15"].ours, CASES["sd15"].theirs)
