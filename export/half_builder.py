@@ -11,13 +11,12 @@ import onnx_ir as ir
 
 from latentrt.runtime.session import OnnxSession
 
-from .activation_range import activation_ranges
+from .activation_range import activation_ranges, recorded_runs
 from .cast_cleanup import CastCleanupPass
 from .graph_files import weight_bytes
-from .half_precision import HALF_TYPES, HalfPrecisionPass, cast_count
-from .half_rounding import rounded_session
-from .overflow import mixed_keep, nearest_overflow
-from .parity import BOUNDS, Case, measure
+from .half_precision import HALF_MAX, HALF_TYPES, HalfPrecisionPass, cast_count
+from .overflow import HEADROOM, mixed_keep, nearest_overflow
+from .parity import BOUNDS, Case, figures_of, measure
 from .resources import release_memory
 
 # Graphs with more weights than this are checked as they are written: optimized, ONNX Runtime would copy the weights.
@@ -65,9 +64,13 @@ def build_half(
     Raises:
         ExportError: a weight overflows, or a figure is out of bounds.
     """
+    feeds = [case.feeds for case in cases]
     model, files = _write(load, (), path_of(precision), precision, save)
     release_memory()
-    ranges = activation_ranges(files[0], [case.feeds for case in cases])
+    answers, ranges = recorded_runs(files[0], feeds, rounding=True)
+    if not all(largest <= HALF_MAX / HEADROOM for largest in ranges.values()):
+        # One overflow makes everything behind it infinite: which tensors are too large shows in float32 alone.
+        ranges = activation_ranges(files[0], feeds)
     release_memory()
     full = load()
     keep = frozenset() if precision == "bf16" else mixed_keep(full, ranges)
@@ -78,11 +81,12 @@ def build_half(
             if file.name.startswith(files[0].name):
                 file.unlink()
         model, files = _write(load, keep, path_of(made), made, save)
+        answers, _ = recorded_runs(files[0], feeds, rounding=True)
     name, bound = f"{component} {made}", BOUNDS[made]
+    parity = figures_of(answers, cases, name=name, bound=bound)
     runs = made != "bf16"
     if runs:
         measure(OnnxSession(files[0], optimize=weight_bytes(model) <= LARGE_BYTES), cases, name=name, bound=bound)
-    parity = measure(rounded_session(files[0]), cases, name=name, bound=bound)
     parity |= {"nearest_overflow": nearest_overflow(full, ranges), "casts": cast_count(model), "ran": runs}
     if made == "mixed":
         parity["kept"] = sorted(keep)

@@ -32,7 +32,7 @@ class HalfRoundingPass(InPlacePass):
         after    x (f32) -> Conv(Cast(w)) -> Cast float16 -> Cast float32 -> y (f32)
 
     Its numbers are those of a machine that computes each operator in float32 and stores its results in half.
-    Requires that no optimizer removes the pairs of Casts or folds those of the weights, as in `rounded_session`.
+    Requires that no optimizer removes the pairs of Casts or folds those of the weights, as in `session_beside`.
 
     Args:
         rounding: False leaves the rounding away: the graph's own weights in float32 arithmetic, with the stand-ins
@@ -74,6 +74,7 @@ class HalfRoundingPass(InPlacePass):
         if not self.rounding or node.op_type in MOVES:
             return
         down = ir.node("Cast", [value], attributes={"to": half})
+        down.outputs[0].type = ir.TensorType(half)
         up = ir.node("Cast", [down.outputs[0]], attributes={"to": ir.DataType.FLOAT})
         rounded = up.outputs[0]
         rounded.name, rounded.type, rounded.shape = f"{value.name}_rounded", value.type, value.shape
@@ -125,14 +126,3 @@ def session_beside(model: ir.Model, path: Path) -> OnnxSession:
         return OnnxSession(scratch, optimize=False)
     finally:
         scratch.unlink(missing_ok=True)
-
-
-def rounded_session(path: Path) -> OnnxSession:
-    """A session of the fp16, bf16 or mixed graph at a path that rounds as that graph does.
-
-    Raises:
-        ArtifactError: ONNX Runtime cannot load the graph.
-    """
-    model = ir.load(path)
-    HalfRoundingPass()(model)
-    return session_beside(model, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import shutil
 import signal
 import sys
@@ -12,10 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from filelock import FileLock
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from families import Sources
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One worker a core: each with as many threads as there are cores would be in the others' way.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 # Helpers that tests share; importlib mode leaves these folders out of sys.path.
@@ -28,6 +34,31 @@ def ctrl_c_works() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Make a folder once, whichever of pytest-xdist's workers is the first to ask for it.
+
+    `once(name, make)` calls `make` with a path that does not exist yet, and returns that path.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, mark = shared / name, shared / f"{name}.made"
+        with FileLock(shared / f"{name}.lock"):
+            if not mark.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                mark.touch()
+        return folder
+
+    return made
+
+
 @pytest.fixture(scope="session")
 def shapes_checkpoint() -> Path:
     """The trained checkpoint of the repository."""
@@ -35,24 +66,25 @@ def shapes_checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shapes_bundle(shapes_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shapes_bundle(shapes_checkpoint: Path, once: Once) -> Path:
     """The shapes checkpoint exported in fp32 and fp16 by the command that a user runs. Tests must not change it."""
     from latentrt.runtime.cli import main
 
-    bundle = tmp_path_factory.mktemp("bundle") / "shapes.bundle"
-    assert main(["export", str(shapes_checkpoint), "-o", str(bundle), "--precision", "fp32,fp16", "--json"]) == 0
-    return bundle
+    def export(bundle: Path) -> None:
+        assert main(["export", str(shapes_checkpoint), "-o", str(bundle), "--precision", "fp32,fp16", "--json"]) == 0
+
+    return once("shapes.bundle", export)
 
 
 @pytest.fixture(scope="session")
-def family_sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Sources]:
+def family_sources(once: Once) -> Callable[[str], Sources]:
     """The folders of a tiny checkpoint of a family, by its name in `families`. Tests must not change them."""
 
     @functools.cache
     def sources(name: str) -> Sources:
-        from families import write_sources
+        from families import sources_in, write_sources
 
-        return write_sources(name, tmp_path_factory.mktemp(name))
+        return sources_in(once(f"{name}.sources", lambda folder: write_sources(name, folder)))
 
     return sources
 
@@ -76,9 +108,7 @@ def traced_graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
-def family_bundle(
-    family_sources: Callable[[str], Sources], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def family_bundle(family_sources: Callable[[str], Sources], once: Once) -> Callable[[str], Path]:
     """A tiny checkpoint of a family as a bundle in fp32, by its name in `families`. Tests must not change it.
 
     An architecture is traced once, also when several families share it; its graph is compared with PyTorch every time.
@@ -89,23 +119,22 @@ def family_bundle(
         from latentrt.export.checkpoint import open_checkpoint
         from latentrt.export.exporter import export_checkpoint
 
-        sources, made = family_sources(name), tmp_path_factory.mktemp("family") / f"{name}.bundle"
+        sources = family_sources(name)
         checkpoint = open_checkpoint(sources.path, controlnets=sources.controlnets, taesd=sources.taesd)
-        export_checkpoint(checkpoint, made, precisions=["fp32"])
-        return made
+        return once(f"{name}.bundle", lambda folder: export_checkpoint(checkpoint, folder, precisions=["fp32"]))
 
     return bundle
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_checkpoint(once: Once) -> Path:
     """A tiny random Stable Diffusion checkpoint. Shared: copy it before changing anything."""
     from latentrt.export.networks import libraries_quiet
 
     with libraries_quiet():
         from tiny import save_tiny_checkpoint
 
-        return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+        return once("tiny", save_tiny_checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -140,13 +169,11 @@ def tiny_cases(tiny_loaded: Any) -> dict[str, list[Any]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tiny_checkpoint: Path, once: Once) -> Path:
     """The tiny checkpoint exported in fp32 and fp16. Shared: copy it before changing anything."""
     from latentrt.export.exporter import export_checkpoint
 
-    bundle = tmp_path_factory.mktemp("bundle") / "tiny.bundle"
-    export_checkpoint(tiny_checkpoint, bundle)
-    return bundle
+    return once("tiny.bundle", lambda folder: export_checkpoint(tiny_checkpoint, folder))
 
 
 @pytest.fixture

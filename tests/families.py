@@ -569,8 +569,8 @@ class Sources:
     taesd: Path | None = None
 
 
-def write_sources(name: str, folder: Path) -> Sources:
-    """Write a checkpoint of FAMILIES, or one with more beside it.
+def write_sources(name: str, folder: Path) -> None:
+    """Write a checkpoint of FAMILIES, or one with more beside it, in folders that `sources_in` finds.
 
     `sd15_control` is sd15 with two ControlNets and TAESD, `sdxl_control` sdxl_base with a ControlNet and TAESD.
 
@@ -579,9 +579,17 @@ def write_sources(name: str, folder: Path) -> Sources:
         folder: to make the checkpoint's folders in.
     """
     if name == "sd15_control":
-        pair = (controlnet(folder / "controlnet"), controlnet(folder / "controlnet_2", seed=12))
-        return Sources(sd15(folder / "checkpoint"), pair, taesd(folder / "taesd"))
+        controlnet(folder / "controlnet")
+        controlnet(folder / "controlnet_2", seed=12)
     if name == "sdxl_control":
-        one = (sdxl_controlnet(folder / "controlnet"),)
-        return Sources(sdxl_base(folder / "checkpoint"), one, taesd(folder / "taesd"))
-    return Sources(FAMILIES[name](folder / "checkpoint"))
+        sdxl_controlnet(folder / "controlnet")
+    if name.endswith("_control"):
+        taesd(folder / "taesd")
+    FAMILIES[{"sd15_control": "sd15", "sdxl_control": "sdxl_base"}.get(name, name)](folder / "checkpoint")
+
+
+def sources_in(folder: Path) -> Sources:
+    """What `write_sources` wrote."""
+    controlnets = tuple(sorted(folder.glob("controlnet*")))
+    tiny = folder / "taesd"
+    return Sources(folder / "checkpoint", controlnets, tiny if tiny.exists() else None)

@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from small_graphs import model_of
 
-from latentrt.export.activation_range import activation_ranges
+from latentrt.export.activation_range import activation_ranges, recorded_runs
 from latentrt.export.half_precision import HALF_TYPES, HalfPrecisionPass
-from latentrt.export.half_rounding import HalfRoundingPass, rounded_session, session_beside
+from latentrt.export.half_rounding import HalfRoundingPass, session_beside
 from latentrt.runtime.session import OnnxSession
 
 Floats = NDArray[np.float32]
@@ -60,7 +60,7 @@ def emulated(precision: str) -> Floats:
 def test_every_stored_tensor_is_rounded_and_nothing_else(precision: str, tmp_path: Path) -> None:
     """Nothing in ONNX Runtime folds the weights' Casts away or merges a pair of them with its neighbours."""
     path = half_graph(tmp_path / "model.onnx", precision)
-    found = np.asarray(rounded_session(path)({"sample": SAMPLE})["out_sample"], np.float32)
+    found = np.asarray(recorded_runs(path, [{"sample": SAMPLE}], rounding=True)[0][0]["out_sample"], np.float32)
     wanted = emulated(precision)
     # Sums in another order may round the other way, once in a while; without the rounding all would be off.
     steps = np.abs(found - wanted) / np.spacing(wanted.astype(np.float16)).astype(np.float32)
@@ -79,7 +79,7 @@ def test_bfloat16_costs_eight_times_float16(tmp_path: Path) -> None:
 
     def error(precision: str) -> float:
         path = half_graph(tmp_path / f"{precision}.onnx", precision)
-        found = np.asarray(rounded_session(path)({"sample": SAMPLE})["out_sample"], np.float32)
+        found = np.asarray(recorded_runs(path, [{"sample": SAMPLE}], rounding=True)[0][0]["out_sample"], np.float32)
         return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
     assert error("bf16") / error("fp16") == pytest.approx(8, rel=0.5)
@@ -138,15 +138,11 @@ CHAIN = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from latentrt.export.activation_range import activation_ranges
-from latentrt.export.half_rounding import rounded_session
+from latentrt.export.activation_range import recorded_runs
 
 path, sample = Path(sys.argv[1]), np.ones((int(sys.argv[3]), 1024), np.float32)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-if sys.argv[2] == "rounded":
-    rounded_session(path)({"sample": sample})
-else:
-    activation_ranges(path, [{"sample": sample}])
+recorded_runs(path, [{"sample": sample}], rounding=sys.argv[2] == "rounded")
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 from small_graphs import model_of
 
-from latentrt.export.activation_range import activation_ranges
+from latentrt.export.activation_range import activation_ranges, recorded_runs
 from latentrt.export.graph_files import save_onnx
 from latentrt.export.half_builder import BuiltGraph, build_half
 from latentrt.export.half_precision import HALF_MAX, HalfPrecisionPass
-from latentrt.export.half_rounding import rounded_session
 from latentrt.export.overflow import HEADROOM, mixed_keep, module_of, nearest_overflow
 from latentrt.export.parity import BOUNDS, Case, compare
 from latentrt.runtime.errors import ExportError
@@ -66,6 +65,24 @@ def test_ranges_agree_with_pytorch_on_a_whole_component(tiny_bundle: Path, tiny_
     path = tiny_bundle / "vae_decoder/model.onnx"
     conv_in = [node for node in ir.load(path).graph if node.op_type == "Conv"][1].outputs[0].name
     assert activation_ranges(path, [feeds])[str(conv_in)] == pytest.approx(seen[0], rel=1e-5)
+
+
+def test_rounded_runs_answer_as_the_graph_and_say_what_was_too_large(tmp_path: Path) -> None:
+    path = growing_model(tmp_path / "model.onnx")
+    model = ir.load(path)
+    HalfPrecisionPass()(model)
+    ir.save(model, tmp_path / "half.onnx")
+    feeds = [{"sample": np.array([[5, 2, 3]], np.float32)}, {"sample": np.array([[20, 2, 3]], np.float32)}]
+    answers, ranges = recorded_runs(tmp_path / "half.onnx", feeds, rounding=True)
+    small, once = np.float16(1e-5), np.float16(1.1)
+    doubled = np.float16([10, 4, 6])
+    fourth = (doubled * doubled) ** np.float16(2)
+    wanted = np.float32(np.float16(np.float32(np.float16(np.float32(fourth) * small)) * np.float32(once)))
+    assert [list(answer) for answer in answers] == [["out_sample"], ["out_sample"]]
+    np.testing.assert_array_equal(answers[0]["out_sample"][0], wanted)
+    assert np.isinf(answers[1]["out_sample"][0, 0])
+    assert ranges["fourth"] == pytest.approx(40**4)
+    assert not [name for name in ranges if "rounded" in name]
 
 
 def test_a_nan_in_a_run_is_not_forgotten(tmp_path: Path) -> None:
@@ -174,6 +191,7 @@ def test_a_network_beyond_float16_is_right_in_mixed_and_broken_in_fp16(
     HalfPrecisionPass()(plain)
     ir.save(plain, tmp_path / "plain.onnx")
     name = next(iter(case.expected))
-    broken = compare(case.expected[name], rounded_session(tmp_path / "plain.onnx")(feeds)[name])
+    rounded, _ = recorded_runs(tmp_path / "plain.onnx", [feeds], rounding=True)
+    broken = compare(case.expected[name], rounded[0][name])
     assert not broken.finite
     assert not broken.within(BOUNDS["fp16"])
