@@ -75,7 +75,7 @@ def test_rounded_runs_answer_as_the_graph_and_say_what_was_too_large(tmp_path: P
     feeds = [{"sample": np.array([[5, 2, 3]], np.float32)}, {"sample": np.array([[20, 2, 3]], np.float32)}]
     answers, ranges = recorded_runs(tmp_path / "half.onnx", feeds, rounding=True)
     small, once = np.float16(1e-5), np.float16(1.1)
-    doubled = np.float16([10, 4, 6])
+    doubled = np.array([10, 4, 6], np.float16)
     fourth = (doubled * doubled) ** np.float16(2)
     wanted = np.float32(np.float16(np.float32(np.float16(np.float32(fourth) * small)) * np.float32(once)))
     assert [list(answer) for answer in answers] == [["out_sample"], ["out_sample"]]
