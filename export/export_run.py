@@ -132,6 +132,7 @@ class _Run:
             opset=order.opset,
             cache=order.cache,
             holder_of=self._unet if plan.component == "unet_control" else lambda precision: None,
+            plain=self.effort.plain,
         )
         note_proven(component, plan.precision, self.effort, opset=order.opset, cache=order.cache)
         self._finish(plan, graph.precision, graph.files, graph.parity, time.perf_counter() - started)

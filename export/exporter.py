@@ -70,8 +70,8 @@ def export_checkpoint(
         opset: of the default ONNX domain; None for the one both backends like best.
         uint8_vae: also make the VAE decoder that gives uint8 pictures.
         prompt_keys: also make the U-Net in two graphs, one for what depends on the prompt alone.
-        check: `full` samples a few pictures and asks for other sizes and longer texts besides; `quick` asks for two
-            steps of one small picture; `auto` is `quick` for large networks whose graph passed `full` before with
+        check: `full` samples a few pictures and asks for other sizes and longer texts besides; `quick` asks for one
+            step of one small picture; `auto` is `quick` for large networks whose graph passed `full` before with
             other weights.
         cache: folder of traced graphs; None for the user's.
         force: export again what is up to date.

@@ -70,6 +70,7 @@ def build_graph(
     opset: int,
     cache: Path | None,
     holder_of: Callable[[str], Path | None] = lambda precision: None,
+    plain: bool = True,
 ) -> BuiltGraph:
     """Export a component in one precision and compare it in ONNX Runtime.
 
@@ -78,6 +79,7 @@ def build_graph(
         precision: fp32, fp16, bf16 or mixed. An fp16 graph that would overflow is made mixed instead.
         cache: a folder of graphs without weights, see `to_onnx`.
         holder_of: of a precision, a graph in the same folder whose external data may hold the weights too.
+        plain: of half precision, also run the graph as it is, not only rounded as it is written.
 
     Raises:
         ExportError: the export failed or a figure is out of bounds.
@@ -96,4 +98,4 @@ def build_graph(
         files = save(load(), path_of(precision), precision)
         session = OnnxSession(files[0], optimize=4 * component.parameters <= LARGE_BYTES)
         return BuiltGraph("fp32", files, measure(session, cases, name=f"{name} fp32", bound=BOUNDS["fp32"]))
-    return build_half(name, load, path_of, cases, precision=precision, save=save)
+    return build_half(name, load, path_of, cases, precision=precision, save=save, plain=plain)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,6 +19,8 @@ EXTERNAL_DATA_BYTES = 100 * 2**20
 _LEAST_BYTES = 1024
 # Of every weight in the file: a cache line, so that mapped weights can be used where they lie.
 _ALIGNMENT = 64
+# Weights that are read and converted beside the one that is written; NumPy does it outside of Python's lock.
+_AHEAD = min(4, os.cpu_count() or 1)
 # Of the weights, what has to be in another graph's file for it to be worth while.
 _SHARE = 0.9
 
@@ -22,7 +28,7 @@ _SHARE = 0.9
 def save_onnx(model: ir.Model, path: Path) -> tuple[Path, ...]:
     """Write a graph; weights of more than EXTERNAL_DATA_BYTES in all go to `<path>_data` beside it.
 
-    They are written in the graph's order, each read when its turn comes. Afterwards the model refers to the file.
+    They are written in the graph's order, a few being read ahead. Afterwards the model refers to the file.
 
     Returns:
         The files written, the graph first.
@@ -35,17 +41,35 @@ def save_onnx(model: ir.Model, path: Path) -> tuple[Path, ...]:
         _save(model, path)
         return (path,)
     data = path.with_name(path.name + "_data")
+    large = [
+        (value, value.const_value)
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.nbytes >= _LEAST_BYTES
+    ]
     with data.open("wb") as stream:
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            if tensor is None or tensor.nbytes < _LEAST_BYTES:
-                continue
+        for (value, tensor), content in zip(large, _contents(tensor for _, tensor in large), strict=True):
             stream.write(bytes(-stream.tell() % _ALIGNMENT))
             offset = stream.tell()
-            stream.write(tensor.tobytes())
+            stream.write(content)
             value.const_value = _reference(path, data.name, offset, tensor)
     _save(model, path)
     return (path, data)
+
+
+def _contents(tensors: Iterable[ir.TensorProtocol]) -> Iterator[bytes]:
+    """The bytes of tensors in order; those of the next few are made meanwhile."""
+    pending = iter(tensors)
+    with ThreadPoolExecutor(_AHEAD, thread_name_prefix="weights") as pool:
+        ahead = deque(pool.submit(tensor.tobytes) for tensor in islice(pending, _AHEAD))
+        try:
+            while ahead:
+                content = ahead.popleft().result()
+                ahead.extend(pool.submit(tensor.tobytes) for tensor in islice(pending, 1))
+                yield content
+                del content
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def save_sharing(model: ir.Model, path: Path, holder: Path) -> tuple[Path, ...]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from latentrt.runtime.latent_preview import LatentRgb, fit_latent_rgb
 
-PATCHWORKS = 32
+PATCHWORKS = 12
 SIDE_IN_LATENTS = 8
 
 

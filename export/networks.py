@@ -185,4 +185,6 @@ def _set(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 def torch_tensor(weight: Weight) -> torch.Tensor:
     """A weight's values as PyTorch's networks take them: floats in float32."""
+    if weight.dtype == np.float16:  # PyTorch widens on all cores, NumPy on one
+        return torch.from_numpy(np.require(weight.read(), requirements=("C", "W"))).float()
     return torch.from_numpy(np.require(as_float32(weight).read(), requirements=("C", "W")))

@@ -32,21 +32,24 @@ class Effort:
         steps: of the sampler.
         largest_latent: latents are at most this large on a side.
         variations: also ask for what the run itself does not hold: other sizes, longer texts, single rows.
+        plain: also run half-precision graphs as ONNX Runtime would, not only rounded as they are written.
     """
 
     name: str
     prompts: int
     steps: int
     largest_latent: int
-    variations: bool
+    variations: bool = True
+    plain: bool = True
 
 
 # Beyond 64, a run on a CPU takes minutes a step and shows nothing new.
-THOROUGH = Effort("full", prompts=2, steps=6, largest_latent=64, variations=True)
+THOROUGH = Effort("full", prompts=2, steps=6, largest_latent=64)
 # For networks of hundreds of millions of weights, whose activations shall not be what takes the memory.
-LARGE = Effort("full", prompts=1, steps=4, largest_latent=24, variations=True)
-# For graphs that are proven and only have other weights.
-QUICK = Effort("quick", prompts=1, steps=2, largest_latent=16, variations=False)
+LARGE = Effort("full", prompts=1, steps=4, largest_latent=24)
+# For graphs that are proven and only have other weights, each of which takes part in a single call. What costs time is
+# reading them, whatever the size of the picture.
+QUICK = Effort("quick", prompts=1, steps=1, largest_latent=8, variations=False, plain=False)
 
 
 @dataclass(frozen=True)
