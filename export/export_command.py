@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from latentrt.runtime.console import log, note, print_table, progress_console
 from latentrt.runtime.errors import UsageError
+from latentrt.runtime.manifest import Artifact
 
 from .checkpoint import open_checkpoint
 from .exporter import Exported, export_checkpoint
@@ -63,7 +64,7 @@ def export(
         bool, typer.Option("--prompt-keys", help="Also make a U-Net that projects the prompt once per request.")
     ] = False,
     check: Annotated[
-        str, typer.Option(help="How thoroughly graphs are compared: full, quick, or auto (quick for known ones).")
+        str, typer.Option(help="How thoroughly graphs are compared: full, quick, auto (quick for known ones) or none.")
     ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Export again what is up to date.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -175,6 +176,11 @@ def _as_json(line: Exported) -> dict[str, Any]:
     }
 
 
+def _error_of(artifact: Artifact) -> str:
+    worst = artifact.parity.get("worst_relative_l2")
+    return "not compared" if worst is None else f"{worst:.2e}"
+
+
 def _print(exported: list[Exported], optimized: list[Optimized]) -> None:
     rows = []
     for line in exported:
@@ -186,7 +192,7 @@ def _print(exported: list[Exported], optimized: list[Optimized]) -> None:
                 artifact.precision,
                 f"{line.size / 1e6:.1f} MB",
                 line.nodes,
-                f"{artifact.parity['worst_relative_l2']:.2e}",
+                _error_of(artifact),
                 f"{nearest[0]['max_abs']:.4g}" if nearest else "",
                 line.status,
             )
@@ -197,7 +203,7 @@ def _print(exported: list[Exported], optimized: list[Optimized]) -> None:
             f"{line.artifact.precision} for {line.artifact.target}",
             f"{line.own_size / 1e6:.1f} MB",
             line.nodes,
-            f"{line.artifact.parity['worst_relative_l2']:.2e}",
+            _error_of(line.artifact),
             "",
             line.status,
         )
@@ -211,6 +217,8 @@ def _print(exported: list[Exported], optimized: list[Optimized]) -> None:
         if line.artifact.precision != asked:
             kept = len(line.artifact.parity.get("kept", ()))
             log(f"{name}: {asked} would overflow, so {kept} tensors stay in float32")
+        if line.artifact.parity.get("check") == "none":
+            log(f"{name}: not compared; the same graph passed with other weights before")
         if not line.artifact.parity.get("ran", True):
             why = "its CPU has no kernels for it" if line.artifact.precision == "bf16" else "quick check"
             log(f"{name}: compared by rounding after every operator, not as ONNX Runtime runs it ({why})")

@@ -57,6 +57,7 @@ def plan_exports(
     options: Mapping[str, Any],
     *,
     derived: Sequence[str] = (),
+    compared: bool = True,
     force: bool,
 ) -> list[Planned]:
     """Every component in every precision, with the reason to export it.
@@ -65,6 +66,7 @@ def plan_exports(
         manifest: of the bundle, None for a new one.
         options: of the export, as they enter the key.
         derived: of DERIVED, which of them to make.
+        compared: a graph that was never compared with PyTorch has to be exported again.
         force: export what is up to date too.
 
     Raises:
@@ -87,6 +89,8 @@ def plan_exports(
             key = key_of(inputs)
             old = made_for(manifest, component, precision)
             reason = "forced" if force and old else _reason(bundle, manifest, old, inputs, key)
+            if reason is None and compared and not is_compared(old):
+                reason = "not compared yet"
             planned.append(Planned(component, precision, inputs, key, reason))
     return planned
 
@@ -100,6 +104,11 @@ def made_for(manifest: Manifest | None, component: str, precision: str) -> Artif
         mixed = manifest.artifact(component, "mixed")
         return mixed if mixed is not None and mixed.inputs.get("precision") == "fp16" else None
     return found
+
+
+def is_compared(artifact: Artifact | None) -> bool:
+    """Whether a graph was compared with PyTorch when it was made."""
+    return artifact is not None and artifact.parity.get("check") != "none"
 
 
 def _reason(

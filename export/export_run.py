@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.runtime.components import PICTURES
+from latentrt.runtime.errors import UsageError
 from latentrt.runtime.latent_preview import LATENT_RGB_FILE
 from latentrt.runtime.manifest import Artifact, Manifest
 from latentrt.runtime.safety_checker import ClipProcessor
@@ -20,7 +20,7 @@ from latentrt.runtime.safety_checker import ClipProcessor
 from .checkpoint import Checkpoint
 from .component import Component
 from .derived_graphs import build_prompt_split, build_uint8_decoder
-from .export_plan import DERIVED, Built, Planned, Report, graph_path, made_for
+from .export_plan import DERIVED, Built, Planned, Report, graph_path, is_compared, made_for
 from .finished import finished, note_finished
 from .graph_builder import build_graph, components_of
 from .latent_colours import fit_colours
@@ -29,8 +29,8 @@ from .parity import Case
 from .proofs import effort_for, note_proven
 from .real_inputs import capture_cases
 from .reference_pipeline import is_beside, reference_pipeline
-from .reference_run import Effort
-from .resources import check_resources, needs_of
+from .reference_run import NONE, Effort
+from .resources import check_resources, needs_of, release_memory
 
 
 @dataclass(frozen=True)
@@ -70,28 +70,39 @@ def make_graphs(order: Order) -> Built:
     parameters = {name: component.parameters for name, component in components.items()}
     parameters |= {name: parameters[base] for name, base in DERIVED.items()}
     built = finished(order.folder, [plan for plan in order.planned if plan.reason])
+    if order.check != "none":
+        built = {asked: made for asked, made in built.items() if is_compared(made[0])}
     pending = [plan for plan in order.planned if plan.reason and (plan.component, plan.precision) not in built]
     needs = needs_of([(plan.component, plan.precision) for plan in pending], parameters)
     order.report(f"needs {needs}", 0.0)
     check_resources(needs, order.bundle)
+    if order.check == "none" and (derived := [plan.component for plan in pending if plan.component in DERIVED]):
+        raise UsageError(
+            f"check: expected quick, full or auto with {derived[0]}, got none. It is always compared with the "
+            "graph that it is made from."
+        )
     bases = [(components[DERIVED.get(plan.component, plan.component)], plan.precision) for plan in pending]
     effort = effort_for(order.check, bases, opset=order.opset, cache=order.cache)
     cases = _sample(order, networks, effort)
-    gc.collect()
+    release_memory()
     run = _Run(order, components, parameters, cases, effort, pending, built)
     run.make()
     return run.built
 
 
 def _sample(order: Order, networks: Mapping[str, Network], effort: Effort) -> dict[str, list[Case]]:
-    """Draw with PyTorch: parity cases by component, and the preview's colours into the folder."""
+    """Draw with PyTorch: parity cases by component, none without a check, and the preview's colours into the folder."""
+    colours = order.folder / LATENT_RGB_FILE
+    colours.parent.mkdir(parents=True, exist_ok=True)
+    if effort is NONE:
+        with weights_at_hand(networks["vae"]):
+            colours.write_text(fit_colours(networks["vae"].module).to_json())
+        return {}
     order.report("sampling with PyTorch for real inputs", 0.0)
     pipeline = reference_pipeline(order.checkpoint, networks)
     extras: dict[str, Any] = {name: network.module for name, network in networks.items() if is_beside(name)}
     if (config := order.checkpoint.texts.get("feature_extractor/preprocessor_config.json")) is not None:
         extras["preprocess"] = ClipProcessor.from_config(json.loads(config))
-    colours = order.folder / LATENT_RGB_FILE
-    colours.parent.mkdir(parents=True, exist_ok=True)
     with weights_at_hand(*networks.values()):
         cases = capture_cases(pipeline, extras, effort=effort)
         colours.write_text(fit_colours(pipeline.vae).to_json())
@@ -127,14 +138,14 @@ class _Run:
         graph = build_graph(
             component,
             lambda precision: order.folder / graph_path(plan.component, precision),
-            self.cases[plan.component],
+            self.cases.get(plan.component, ()),
             precision=plan.precision,
             opset=order.opset,
             cache=order.cache,
             holder_of=self._unet if plan.component == "unet_control" else lambda precision: None,
             plain=self.effort.plain,
         )
-        note_proven(component, plan.precision, self.effort, opset=order.opset, cache=order.cache)
+        note_proven(component, graph.precision, self.effort, opset=order.opset, cache=order.cache)
         self._finish(plan, graph.precision, graph.files, graph.parity, time.perf_counter() - started)
 
     def _derive(self, plans: Sequence[Planned]) -> None:

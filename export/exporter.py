@@ -22,7 +22,7 @@ from .opset import checked_opset
 from .staging import check_bundle_path
 from .trace_cache import default_cache
 
-CHECKS = ("auto", "full", "quick")
+CHECKS = ("auto", "full", "quick", "none")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def export_checkpoint(
         prompt_keys: also make the U-Net in two graphs, one for what depends on the prompt alone.
         check: `full` samples a few pictures and asks for other sizes and longer texts besides; `quick` asks for one
             step of one small picture; `auto` is `quick` for large networks whose graph passed `full` before with
-            other weights.
+            other weights; `none` compares nothing, and takes only what passed `full` before with other weights.
         cache: folder of traced graphs; None for the user's.
         force: export again what is up to date.
         report: called with a line on what begins, and the share of the work done.
@@ -97,7 +97,9 @@ def export_checkpoint(
     report(f"reading {checkpoint.name}", 0.0)
     manifest = load_manifest(bundle) if (bundle / MANIFEST).exists() else None
     derived = [*([PROMPT, CACHED] if prompt_keys else []), *([PICTURES] if uint8_vae else [])]
-    planned = plan_exports(checkpoint, bundle, manifest, precisions, options, derived=derived, force=force)
+    planned = plan_exports(
+        checkpoint, bundle, manifest, precisions, options, derived=derived, compared=check != "none", force=force
+    )
     with resumed_folder(bundle, planned) as folder:
         built: Built = {}
         others: list[str] = []

@@ -14,7 +14,7 @@ from .component import Component
 from .config_checks import time_ids
 from .controlnet import controlnet_component
 from .graph_files import save_onnx, save_sharing
-from .half_builder import LARGE_BYTES, BuiltGraph, build_half
+from .half_builder import LARGE_BYTES, BuiltGraph, build_half, write_half
 from .networks import Network
 from .parity import BOUNDS, Case, measure
 from .resources import release_memory
@@ -76,6 +76,7 @@ def build_graph(
 
     Args:
         path_of: where to write the graph of a precision.
+        cases: what to compare on; of none, the graph is written and nothing is known of it.
         precision: fp32, fp16, bf16 or mixed. An fp16 graph that would overflow is made mixed instead.
         cache: a folder of graphs without weights, see `to_onnx`.
         holder_of: of a precision, a graph in the same folder whose external data may hold the weights too.
@@ -94,8 +95,12 @@ def build_graph(
 
     release_memory()
     name = component.spec.name
+    if not cases and precision != "fp32":
+        return BuiltGraph(precision, write_half(load, (), path_of(precision), precision, save)[1], {})
     if precision == "fp32":
         files = save(load(), path_of(precision), precision)
+        if not cases:
+            return BuiltGraph("fp32", files, {})
         session = OnnxSession(files[0], optimize=4 * component.parameters <= LARGE_BYTES)
         return BuiltGraph("fp32", files, measure(session, cases, name=f"{name} fp32", bound=BOUNDS["fp32"]))
     return build_half(name, load, path_of, cases, precision=precision, save=save, plain=plain)

@@ -67,7 +67,7 @@ def build_half(
         ExportError: a weight overflows, or a figure is out of bounds.
     """
     feeds = [case.feeds for case in cases]
-    model, files = _write(load, (), path_of(precision), precision, save)
+    model, files = write_half(load, (), path_of(precision), precision, save)
     release_memory()
     answers, ranges = recorded_runs(files[0], feeds, rounding=True)
     if not all(largest <= HALF_MAX / HEADROOM for largest in ranges.values()):
@@ -82,7 +82,7 @@ def build_half(
             # Not those of another graph that it shares weights with.
             if file.name.startswith(files[0].name):
                 file.unlink()
-        model, files = _write(load, keep, path_of(made), made, save)
+        model, files = write_half(load, keep, path_of(made), made, save)
         answers, _ = recorded_runs(files[0], feeds, rounding=True)
     name, bound = f"{component} {made}", BOUNDS[made]
     parity = figures_of(answers, cases, name=name, bound=bound)
@@ -95,13 +95,19 @@ def build_half(
     return BuiltGraph(made, files, parity)
 
 
-def _write(
+def write_half(
     load: Callable[[], ir.Model],
     keep: Collection[str],
     path: Path,
     precision: str,
     save: Callable[[ir.Model, Path, str], tuple[Path, ...]],
 ) -> tuple[ir.Model, tuple[Path, ...]]:
+    """Write a graph in half precision, and return it with its files.
+
+    Args:
+        load: the fp32 graph.
+        keep: tensors that stay in float32.
+    """
     model = load()
     HalfPrecisionPass(HALF_TYPES[precision], keep)(model)
     CastCleanupPass()(model)

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
 from latentrt.runtime.errors import ExportError
+from latentrt.runtime.half import rounded_half, without_new_zeros
 
 from .activation_range import MASK_VALUE
 from .float32_nodes import TYPELESS, float32_nodes, float_inputs
@@ -199,12 +201,9 @@ def half_of(array: NDArray[Any], dtype: ir.DataType, *, name: str) -> NDArray[An
     # Most weights have neither edge: they are looked through once for the range and once for zeros.
     if array.size and not (array.min() >= -largest and array.max() <= largest):
         array = _within(array, dtype, name)
-    half = array.astype(dtype.numpy(), order="C")
-    numbers, halves = array.reshape(-1), half.reshape(-1)
-    zeros = np.flatnonzero((halves.view(np.uint16) & 0x7FFF) == 0)
-    flushed = zeros[numbers[zeros] != 0]
-    halves[flushed] = np.copysign(_smallest(dtype), numbers[flushed]).astype(dtype.numpy())
-    return half
+    if dtype == ir.DataType.FLOAT16:  # ten times as fast as NumPy
+        return without_new_zeros(array, torch.from_numpy(np.require(array, requirements=("C", "W"))).half().numpy())
+    return rounded_half(array, dtype.numpy())
 
 
 def _within(array: NDArray[Any], dtype: ir.DataType, name: str) -> NDArray[Any]:
@@ -218,11 +217,6 @@ def _within(array: NDArray[Any], dtype: ir.DataType, name: str) -> NDArray[Any]:
             f"{name}. Export this component in bf16 or fp32."
         )
     return np.clip(array, -largest, largest, where=~np.isinf(array), out=array.copy())
-
-
-def _smallest(dtype: ir.DataType) -> np.float32:
-    """The smallest positive number of a half type: its bits are 0…01."""
-    return np.float32(np.asarray([1], np.uint16).view(dtype.numpy())[0])
 
 
 def cast_count(model: ir.Model) -> int:

@@ -50,6 +50,8 @@ LARGE = Effort("full", prompts=1, steps=4, largest_latent=24)
 # For graphs that are proven and only have other weights, each of which takes part in a single call. What costs time is
 # reading them, whatever the size of the picture.
 QUICK = Effort("quick", prompts=1, steps=1, largest_latent=8, variations=False, plain=False)
+# For graphs that are proven, by those who will look at the pictures themselves.
+NONE = Effort("none", prompts=0, steps=0, largest_latent=0, variations=False, plain=False)
 
 
 @dataclass(frozen=True)

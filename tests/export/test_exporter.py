@@ -23,6 +23,7 @@ from latentrt.export.checkpoint import open_checkpoint
 from latentrt.export.exporter import export_checkpoint
 from latentrt.export.tool_versions import tool_versions
 from latentrt.runtime.bundle import open_bundle
+from latentrt.runtime.cli import main
 from latentrt.runtime.errors import ArtifactError, ExportError, UsageError
 from latentrt.runtime.manifest import EngineRecord, load_manifest, record_of, save_manifest, update_manifest
 
@@ -226,8 +227,8 @@ def test_a_bundle_path_that_is_something_else_is_refused(what: str, tiny_checkpo
 def test_fp16_and_mixed_of_one_component_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected fp16 or mixed, got both"):
         export_checkpoint(tiny_checkpoint, tmp_path / "x", precisions=["fp16", "mixed"])
-    with pytest.raises(UsageError, match="check: expected one of auto, full, quick, got 'none'"):
-        export_checkpoint(tiny_checkpoint, tmp_path / "x", check="none")
+    with pytest.raises(UsageError, match="check: expected one of auto, full, quick, none, got 'some'"):
+        export_checkpoint(tiny_checkpoint, tmp_path / "x", check="some")
     assert not (tmp_path / "x").exists()
 
 
@@ -470,3 +471,34 @@ def test_a_tokenizer_file_that_the_checkpoint_no_longer_has_goes(bundle: Path, t
     export_checkpoint(tiny_checkpoint, bundle)
     assert not (bundle / "tokenizer/added_tokens.json").exists()
     assert "tokenizer/added_tokens.json" not in load_manifest(bundle).files
+
+
+def test_without_a_check_the_bytes_are_the_same_and_it_is_said(
+    bundle: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of graphs that passed before; and what was not compared is so as soon as that is asked for."""
+    unchecked, cache = tmp_path / "unchecked.bundle", tmp_path / "cache"
+    command = ["export", str(tiny_checkpoint), "-o", str(unchecked), "--precision", "fp16", "--check", "none"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LATENTRT_CACHE", str(cache))
+        assert main(command) == 2
+        assert "to have passed a full check" in " ".join(capsys.readouterr().err.split())
+        assert not unchecked.exists()
+    assert main(command) == 0
+    assert "unet fp16: not compared" in capsys.readouterr().out
+    made, compared = load_manifest(unchecked), load_manifest(bundle)
+    assert {name for name in made.files if name.endswith((".onnx", ".json"))} <= compared.files.keys()
+    for name, record in made.files.items():
+        assert compared.files[name] == record, name
+    assert [artifact.parity for artifact in made.artifacts] == [{"check": "none"}] * 4
+    assert {
+        line.status for line in export_checkpoint(tiny_checkpoint, unchecked, precisions=["fp16"], check="none")
+    } == {"up to date"}
+    lines = export_checkpoint(tiny_checkpoint, unchecked, precisions=["fp16"])
+    assert {line.reason for line in lines} == {"not compared yet"}
+    assert all(0 < line.artifact.parity["worst_relative_l2"] < 1e-2 for line in lines)
+
+
+def test_graphs_made_from_others_are_always_compared(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"check: expected quick, full or auto with vae_decoder_uint8, got none"):
+        export_checkpoint(tiny_checkpoint, tmp_path / "b", precisions=["fp16"], check="none", uint8_vae=True)

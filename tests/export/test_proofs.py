@@ -9,7 +9,8 @@ from latentrt.export import proofs
 from latentrt.export.component import Component
 from latentrt.export.graph_builder import components_of
 from latentrt.export.proofs import effort_for, note_proven
-from latentrt.export.reference_run import LARGE, QUICK, THOROUGH, Effort
+from latentrt.export.reference_run import LARGE, NONE, QUICK, THOROUGH, Effort
+from latentrt.runtime.errors import UsageError
 
 OPSET = 20
 
@@ -63,5 +64,25 @@ def test_a_quick_effort_asks_for_less() -> None:
     def work(effort: Effort) -> int:
         return effort.prompts * effort.steps * effort.largest_latent**2
 
-    assert work(QUICK) < work(LARGE) < work(THOROUGH)
-    assert [effort.name for effort in (QUICK, LARGE, THOROUGH)] == ["quick", "full", "full"]
+    assert work(NONE) == 0 < work(QUICK) < work(LARGE) < work(THOROUGH)
+    assert [effort.name for effort in (NONE, QUICK, LARGE, THOROUGH)] == ["none", "quick", "full", "full"]
+
+
+def test_no_check_is_for_what_passed_a_full_one_in_just_that_precision(
+    components: dict[str, Component], tmp_path: Path
+) -> None:
+    unet, decoder = components["unet"], components["vae_decoder"]
+    note_proven(unet, "fp16", THOROUGH, opset=OPSET, cache=tmp_path)
+    assert effort_for("none", [(unet, "fp16")], opset=OPSET, cache=tmp_path) == NONE
+    # An fp16 that was made mixed: another checkpoint may have to keep other tensors, and running it shows which.
+    note_proven(decoder, "mixed", THOROUGH, opset=OPSET, cache=tmp_path)
+    wanted = r"check: expected vae_decoder in fp16 to have passed a full check .* Export with --check auto"
+    with pytest.raises(UsageError, match=wanted):
+        effort_for("none", [(unet, "fp16"), (decoder, "fp16")], opset=OPSET, cache=tmp_path)
+
+
+@pytest.mark.usefixtures("large")
+def test_a_mixed_graph_proves_the_fp16_it_was_asked_for_as(components: dict[str, Component], tmp_path: Path) -> None:
+    note_proven(components["unet"], "mixed", LARGE, opset=OPSET, cache=tmp_path)
+    assert effort_for("auto", [(components["unet"], "fp16")], opset=OPSET, cache=tmp_path) == QUICK
+    assert effort_for("auto", [(components["unet"], "bf16")], opset=OPSET, cache=tmp_path) == LARGE
