@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # PyTorch's CPU build, where pip is set up to find one; a plain `torch` brings gigabytes of CUDA packages.
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test test-fast lint typecheck links bench bench-scale wheel clean
+.PHONY: install demo test test-fast test-gpu lint typecheck links bench bench-scale wheel clean
 
 install: $(STAMP)
 
@@ -29,6 +29,13 @@ test: install lint typecheck
 
 test-fast: install
 	$(PYTEST) -m "not slow"
+
+# On a host with an NVIDIA GPU, in an environment of its own: ONNX Runtime's builds for CPU and CUDA exclude each other.
+test-gpu:
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-gpu/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev-gpu]"
+	.venv-gpu/bin/python -m pytest -m gpu -rs tests/gpu
 
 lint: install
 	$(BIN)/ruff check .

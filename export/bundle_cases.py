@@ -43,6 +43,9 @@ class _Recorder:
         self._cases.append(Case(f"call {len(self._cases) + 1}", dict(feeds), answer))
         return answer
 
+    def close(self) -> None:
+        self._session.close()
+
 
 class _Recording(Components):
     """A bundle's networks, each behind a recorder."""

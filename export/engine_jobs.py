@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Callable, Iterable, Mapping
+import math
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from latentrt.runtime.bundle import DRAWING, Bundle, open_bundle
-from latentrt.runtime.engine_sidecar import EngineSidecar, ShapeProfile
+from latentrt.runtime.cache_folder import cache_folder
 from latentrt.runtime.errors import UsageError
 from latentrt.runtime.latents import vae_factor
 from latentrt.runtime.machine import Machine, probe_machine
-from latentrt.runtime.manifest import Manifest, check_files, key_of, load_manifest
-from latentrt.runtime.specs import TensorSpec
+from latentrt.runtime.manifest import Manifest, check_files, load_manifest
 
-from .engine_builder import VERBOSITY, BuiltEngine, build_engine
+from .build_rates import BuildWork
+from .cache_contents import sweep_cache
+from .engine_cache import cache_root, limit_bytes
+from .engine_config import EngineConfig
+from .engine_flavour import check_supported
+from .engine_forecast import check_disk, describe_forecasts, forecast, memory_warning
 from .engine_graph import check_types, graph_tensors, load_graph
 from .engine_log import Progress
-from .engine_memory import tensor_bytes
-from .engine_profiles import ShapeRequest, largest_sizes, parse_range, parse_sizes, profile_of
-from .engine_store import engine_path, graph_hashes, reusable, store_engine, why_rebuilt
+from .engine_making import EngineJob, EngineResult, Workshop, is_at_hand, make_engine
+from .engine_profiles import ShapeRequest, parse_requests, profiles_of
+from .engine_store import graph_hashes
 from .engine_targets import Targets, choose_flavour, parse_targets, resolve_current
+from .scratch_files import sweep_scratch
 
 AHEAD_OF_TIME = "built ahead of time; not run on a GPU"
+# Part of every key; counted up with each change of what `engine_flavour.configure` makes of the same config.
+BUILDER_REVISION = 1
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,17 @@ class BuildOptions:
     Attributes:
         target: `sm86,sm89` (an engine each), `sm86+sm89` (one for both) or `current`.
         precision: of the graphs; for fp16 the mixed one of a component whose fp16 graph would overflow.
-        batch, size, text_chunks: `4`, `1..8` or `1..4..8` (min..opt..max).
+        batch, size, text_chunks: `4`, `1,2,4` (a profile each), `1..8` or `1..4..8` (min..opt..max).
+        guidance: `both`, or `on` or `off` if it is so in every step.
         components: which; None for all that text-to-image uses.
         flavour: auto, tensorrt or tensorrt_rtx.
         workspace_mib: limit of the builder's scratch memory.
+        optimization_level, version_compatible, hardware_compatibility, tiling, weight_streaming, narrow: of
+            `EngineConfig`.
+        refit: `none`, `lora` (the weights that the bundle's LoRAs change, or that LoRAs usually change) or `all`.
+        strip: leave the weights out of the engine.
+        timing_cache: of full TensorRT: auto, off or a file.
+        cache: of engines: auto (the user's), off or a folder.
         force: build even what is up to date.
     """
 
@@ -47,56 +60,21 @@ class BuildOptions:
     batch: str = "1"
     size: str | None = None
     text_chunks: str = "1"
+    guidance: str = "both"
     components: tuple[str, ...] | None = None
     flavour: str = "auto"
     workspace_mib: int | None = None
+    optimization_level: int | None = None
+    refit: str = "none"
+    strip: bool = False
+    version_compatible: bool = False
+    hardware_compatibility: str = "none"
+    tiling: str = "none"
+    weight_streaming: bool = False
+    narrow: bool = False
+    timing_cache: str = "auto"
+    cache: str = "auto"
     force: bool = False
-
-
-@dataclass(frozen=True)
-class EngineResult:
-    """One engine of a build.
-
-    Attributes:
-        path: relative to the bundle.
-        built: False if the engine was up to date.
-        changed: what differs from the nearest engine that was there before.
-        dropped: engines made from an older graph that were removed.
-    """
-
-    sidecar: EngineSidecar
-    path: str
-    built: bool
-    changed: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """What all engines of one call share."""
-
-    bundle: Bundle
-    manifest: Manifest
-    options: BuildOptions
-    machine: Machine
-    flavour: str
-    trt: Any
-    request: ShapeRequest
-    factor: int
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One engine to be built or kept; `made_from` is what its key is the hash of."""
-
-    component: str
-    precision: str
-    targets: Targets
-    graph: Path
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    profiles: Mapping[str, ShapeProfile]
-    made_from: Mapping[str, Any]
 
 
 def build_engines(
@@ -105,15 +83,17 @@ def build_engines(
     *,
     machine: Machine | None = None,
     progress: Callable[[str], Progress] = lambda _title: lambda _name, _part: None,
+    announce: Callable[[str], None] = lambda _text: None,
 ) -> list[EngineResult]:
-    """Build the engines of a bundle; those that are up to date are kept.
+    """Build the engines of a bundle; those that are up to date are kept, and those that the cache has are taken.
 
     Args:
         machine: what this machine has; probed by default.
-        progress: called with a title before each engine; what it returns receives phase and part done.
+        progress: called with a title before each build; what it returns receives phase and part done.
+        announce: told at once what the builds are expected to take, and what stands in their way.
 
     Raises:
-        UsageError: an option is not possible.
+        UsageError: an option is not possible, or the disk is too small.
         ArtifactError: the bundle or a graph in it is damaged.
         BackendError: the TensorRT that is needed is not installed or has no GPU.
         BuildError: a graph is refused, a build fails, or an engine is not of its precision.
@@ -122,20 +102,60 @@ def build_engines(
     bundle = open_bundle(path)
     if bundle.manifest is None:
         raise UsageError(f"{path}: expected a latentrt bundle, got a folder without a manifest. Run: latentrt export")
-    if options.workspace_mib is not None and not options.workspace_mib >= 1:
-        raise UsageError(f"workspace: expected at least 1 MiB, got {options.workspace_mib}.")
-    components = _components(bundle, bundle.manifest, options)
+    components = wanted_components(bundle, bundle.manifest, options)
     engines = resolve_current(parse_targets(options.target), machine)
     flavour, trt = choose_flavour(options.flavour, engines, machine)
-    request, factor = _shapes(bundle, options)
-    setting = _Setting(bundle, bundle.manifest, options, machine, flavour, trt, request, factor)
+    requests, factor = wanted_shapes(bundle, options)
+    cache = cache_root(options.cache)
+    if cache is None and options.cache != "off":
+        announce(f"{cache_folder()}: cannot be written, so engines are kept in the bundle only.")
+    shop = Workshop(
+        bundle=bundle,
+        machine=machine,
+        flavour=flavour,
+        trt=trt,
+        cache=cache,
+        cache_limit=0 if cache is None else limit_bytes(cache),
+        force=options.force,
+        progress=progress,
+        announce=announce,
+        pixels_per_latent=factor,
+    )
     # Every graph is checked before the first build, which may take minutes.
-    jobs = [job for component, precision in components.items() for job in _jobs(setting, component, precision, engines)]
-    return [_run(setting, job, progress) for job in jobs]
+    jobs = [
+        job
+        for component, precision in components.items()
+        for job in _jobs(shop, bundle.manifest, options, component, precision, requests, engines)
+    ]
+    for component in components:
+        sweep_scratch(path / component / "engines")
+    if cache is not None:
+        sweep_cache(cache)
+    _prepare(shop, jobs)
+    asked = {job.key for job in jobs}
+    return [make_engine(shop, job, asked=asked) for job in jobs]
 
 
-def _components(bundle: Bundle, manifest: Manifest, options: BuildOptions) -> dict[str, str]:
-    """The components to build, each with the precision of its graph."""
+def _prepare(shop: Workshop, jobs: Iterable[EngineJob]) -> None:
+    """What is to be known, and refused, before the first build starts."""
+    manifest = load_manifest(shop.bundle.path)
+    builds = [job for job in jobs if not is_at_hand(shop, manifest, job)]
+    for job in builds:
+        check_supported(shop.trt, job.config)
+    forecasts = [job.forecast for job in builds]
+    if forecasts:
+        check_disk(forecasts, shop.bundle.path)
+        shop.announce(describe_forecasts(forecasts))
+        if warning := memory_warning(forecasts):
+            shop.announce(warning)
+
+
+def wanted_components(bundle: Bundle, manifest: Manifest, options: BuildOptions) -> dict[str, str]:
+    """The components to build, each with the precision of its graph.
+
+    Raises:
+        UsageError: the bundle lacks one of them in that precision.
+    """
     graphs = {name: bundle.precision_of(name, options.precision) for name in bundle.components()}
     held = {name: precision for name, precision in graphs.items() if precision is not None}
     if options.components is None:
@@ -156,108 +176,119 @@ def _components(bundle: Bundle, manifest: Manifest, options: BuildOptions) -> di
     return {name: held[name] for name in wanted}
 
 
-def _shapes(bundle: Bundle, options: BuildOptions) -> tuple[ShapeRequest, int]:
+def wanted_shapes(bundle: Bundle, options: BuildOptions) -> tuple[tuple[ShapeRequest, ...], int]:
+    """The shapes to build for, and the pixels of a latent.
+
+    Raises:
+        UsageError: a size, batch or text length is not possible.
+    """
     factor = vae_factor(bundle.config("vae_decoder/config.json"))
     sample_size = bundle.config("unet/config.json").get("sample_size")
     native = sample_size * factor if isinstance(sample_size, int) else None
     if options.size is None and native is None:
         raise UsageError("size: expected --size, because the U-Net's config states no sample_size.")
-    height, width = parse_sizes(options.size or str(native), factor=factor, native=native)
-    chunks = parse_range("text-chunks", options.text_chunks)
-    request = ShapeRequest(parse_range("batch", options.batch), height, width, text_chunks=chunks)
-    return request, factor
+    requests = parse_requests(
+        size=options.size or str(native),
+        batch=options.batch,
+        text_chunks=options.text_chunks,
+        factor=factor,
+        native=native,
+        guidance=options.guidance,
+    )
+    return requests, factor
 
 
-def _jobs(setting: _Setting, component: str, precision: str, engines: Iterable[Targets]) -> list[_Job]:
-    graph = setting.bundle.graph(component, precision)
-    onnx = graph_hashes(setting.manifest, component, precision)
-    check_files(setting.bundle.path, setting.manifest, onnx)
+def _jobs(
+    shop: Workshop,
+    manifest: Manifest,
+    options: BuildOptions,
+    component: str,
+    precision: str,
+    requests: Iterable[ShapeRequest],
+    engines: Iterable[Targets],
+) -> list[EngineJob]:
+    graph = shop.bundle.graph(component, precision)
+    onnx = graph_hashes(manifest, component, precision)
+    check_files(shop.bundle.path, manifest, onnx)
     model = load_graph(graph)
     check_types(component, model)
-    initializers = {tensor.name for tensor in model.graph.initializer}
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     inputs = graph_tensors(value for value in model.graph.input if value.name not in initializers)
-    profiles = profile_of(component, inputs, setting.request, factor=setting.factor)
-    made_from = {
-        "component": component,
-        "precision": precision,
+    profiles = profiles_of(component, inputs, requests, factor=shop.pixels_per_latent)
+    full = shop.flavour == "tensorrt"
+    surroundings = {
         "onnx": onnx,
-        "flavour": setting.flavour,
-        "flavour_version": setting.trt.__version__,
+        "flavour": shop.flavour,
+        "flavour_version": shop.trt.__version__,
         # Full TensorRT picks its kernels by timing them on one model of GPU.
-        "gpu_name": setting.machine.gpus[0].name if setting.flavour == "tensorrt" else None,
-        "platform": setting.machine.platform if setting.flavour == "tensorrt" else None,
-        # Through JSON, so that it equals what a sidecar gives back.
-        "profiles": json.loads(json.dumps({name: dataclasses.asdict(profile) for name, profile in profiles.items()})),
-        "options": {"workspace_mib": setting.options.workspace_mib, "profiling_verbosity": VERBOSITY},
+        "gpu_name": shop.machine.gpus[0].name if full else None,
+        "platform": shop.machine.platform if full else None,
+        "builder_revision": BUILDER_REVISION,
     }
-    return [
-        _Job(
+    refit, refittable = _refit(shop.bundle, options, component, precision)
+    timing_cache = _timing_cache(shop, options)
+    jobs = []
+    for targets in engines:
+        config = EngineConfig(
             component=component,
             precision=precision,
-            targets=targets,
-            graph=graph,
-            inputs=inputs,
-            outputs=graph_tensors(model.graph.output),
             profiles=profiles,
-            made_from={**made_from, "targets": list(targets)},
+            targets=targets,
+            workspace_mib=options.workspace_mib,
+            optimization_level=options.optimization_level,
+            version_compatible=options.version_compatible,
+            hardware_compatibility=options.hardware_compatibility,
+            tiling=options.tiling,
+            weight_streaming=options.weight_streaming,
+            narrow=options.narrow,
+            strip=options.strip,
+            refit=refit,
+            refittable=refittable,
+            timing_cache=timing_cache,
         )
-        for targets in engines
-    ]
+        work = BuildWork(
+            flavour=shop.flavour,
+            component=component,
+            parameters=sum(math.prod(tensor.dims) for tensor in initializers.values()),
+            nodes=len(model.graph.node),
+            targets=len(targets),
+            profiles=len(profiles),
+        )
+        jobs.append(
+            EngineJob(
+                config=config,
+                graph=graph,
+                inputs=inputs,
+                outputs=graph_tensors(model.graph.output),
+                made_from={**config.made_from(), **surroundings},
+                work=work,
+                forecast=forecast(
+                    work, sum(manifest.files[name].size for name in onnx), shop.cache, stripped=config.strip
+                ),
+            )
+        )
+    return jobs
 
 
-def _run(setting: _Setting, job: _Job, progress: Callable[[str], Progress]) -> EngineResult:
-    bundle, key = setting.bundle.path, key_of(job.made_from)
-    manifest = load_manifest(bundle)
-    held = None if setting.options.force else reusable(bundle, manifest, key)
-    if held is not None:
-        return EngineResult(sidecar=held, path=engine_path(job.component, key), built=False)
-    changed = why_rebuilt(bundle, manifest, job.component, job.made_from)
-    built = build_engine(
-        setting.trt,
-        job.graph,
-        component=job.component,
-        precision=job.precision,
-        targets=job.targets if setting.flavour == "tensorrt_rtx" else (),
-        profiles=job.profiles,
-        workspace_mib=setting.options.workspace_mib,
-        on_gpu=bool(setting.machine.gpus) and setting.machine.gpus[0].sm in job.targets,
-        progress=progress(f"{job.component} {job.precision} {'+'.join(job.targets)}"),
-    )
-    sidecar, dropped = store_engine(bundle, _sidecar(setting, job, built), built.plan)
-    return EngineResult(
-        sidecar=sidecar,
-        path=engine_path(job.component, key),
-        built=True,
-        changed=tuple(changed),
-        dropped=tuple(dropped),
-    )
+def _refit(bundle: Bundle, options: BuildOptions, component: str, precision: str) -> tuple[str, tuple[str, ...]]:
+    """The mode of refit and the weights for `--refit`; none of a component that LoRAs do not change."""
+    if options.refit != "lora":
+        if options.refit not in ("none", "all"):
+            raise UsageError(f"refit: expected none, lora or all, got {options.refit!r}.")
+        return options.refit, ()
+    from .lora_bundle import lora_targets
+
+    names = lora_targets(bundle, component, precision)
+    return ("individual", names) if names else ("none", ())
 
 
-def _sidecar(setting: _Setting, job: _Job, built: BuiltEngine) -> EngineSidecar:
-    package, request = setting.machine.packages.get(setting.flavour), setting.request
-    return EngineSidecar(
-        component=job.component,
-        precision=job.precision,
-        key=key_of(job.made_from),
-        flavour=setting.flavour,
-        flavour_version=setting.trt.__version__,
-        cuda_major=None if package is None else package.cuda_major,
-        targets=job.targets,
-        gpu_name=job.made_from["gpu_name"],
-        platform=setting.machine.platform,
-        onnx=job.made_from["onnx"],
-        flags=built.flags,
-        profiles=job.profiles,
-        inputs=job.inputs,
-        outputs=job.outputs,
-        precisions=built.precisions,
-        build_seconds=round(built.seconds, 3),
-        engine_bytes=0,
-        engine_sha256="",
-        weight_bytes=built.memory.get("weight_bytes"),
-        activation_bytes=built.memory.get("activation_bytes"),
-        tensor_bytes=tensor_bytes(job.inputs, job.outputs, job.profiles, largest_sizes(request, setting.factor)),
-        obtained=built.obtained,
-        made_from=job.made_from,
-        inspected_layers=built.inspected_layers,
-    )
+def _timing_cache(shop: Workshop, options: BuildOptions) -> Path | None:
+    """The file of kernel timings; those of one GPU and version are of no use to another."""
+    if options.timing_cache == "off":
+        return None
+    if options.timing_cache != "auto":
+        return Path(options.timing_cache)
+    if shop.flavour != "tensorrt" or shop.cache is None:
+        return None
+    gpu = re.sub(r"\W+", "-", shop.machine.gpus[0].name)
+    return shop.cache / "timings" / f"{shop.trt.__version__}-{gpu}.bin"

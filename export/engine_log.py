@@ -1,4 +1,4 @@
-"""What a builder says while it works: its log, its progress, and how it is told to stop."""
+"""How far a builder is, and how it is told to stop."""
 
 from __future__ import annotations
 
@@ -7,34 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-# TensorRT keeps the first logger that a process hands it and ignores all later ones, so there is one per flavour.
-_LOGGERS: dict[str, Any] = {}
-
 Progress = Callable[[str, float], None]
 """Called with the phase's name and the part of the build that is done, 0 to 1."""
-
-
-def shared_logger(trt: Any) -> Any:
-    """The process's logger of a flavour; `messages` is a list of (severity, text), to be emptied before a build."""
-    if trt.__name__ not in _LOGGERS:
-
-        class Log(trt.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-                self.messages: list[tuple[str, str]] = []
-
-            def log(self, severity: Any, text: str) -> None:
-                # A large graph draws a hundred thousand verbose lines, none of which is read.
-                if severity != trt.ILogger.Severity.VERBOSE:
-                    self.messages.append((severity.name, text))
-
-        _LOGGERS[trt.__name__] = Log()
-    return _LOGGERS[trt.__name__]
-
-
-def error_text(messages: list[tuple[str, str]]) -> str:
-    """The errors of a log, joined."""
-    return "; ".join(text for severity, text in messages if severity in ("ERROR", "INTERNAL_ERROR")) or "no message"
 
 
 @dataclass

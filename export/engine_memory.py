@@ -16,26 +16,33 @@ _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4
 def tensor_bytes(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
-    profiles: Mapping[str, ShapeProfile],
-    largest: Mapping[str, int],
+    profiles: Iterable[Mapping[str, ShapeProfile]],
 ) -> int | None:
-    """Memory of all inputs and outputs at their largest shapes, or None if an output's size is not known.
+    """Memory of all inputs and outputs in the profile that takes the most, or None if an output's size is not known.
 
     Args:
         inputs: the graph's.
-        outputs: the graph's; a dynamic size is a name that an input carries or `largest` knows, or an expression
-            such as `latent_height * 8` or `height / 8` of one.
+        outputs: the graph's; a dynamic size is a name that an input carries, an expression of one such as
+            `latent_height * 8` or `height / 8`, or one part of it, rounded up, such as `latent_height_2`.
         profiles: shapes by input.
-        largest: the largest value of further sizes by name, such as a picture's height.
     """
-    named = {
+    totals = [
+        _bytes_of(inputs, outputs, {name: shapes.max for name, shapes in profile.items()}) for profile in profiles
+    ]
+    known = [total for total in totals if total is not None]
+    return max(known) if len(known) == len(totals) else None
+
+
+def _bytes_of(
+    inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]]
+) -> int | None:
+    sizes = {
         name: size
         for tensor in inputs
-        for name, size in zip(tensor.shape, profiles[tensor.name].max, strict=True)
+        for name, size in zip(tensor.shape, shapes[tensor.name], strict=True)
         if isinstance(name, str)
     }
-    sizes = {**largest, **named}
-    total = sum(_ITEM_BYTES[tensor.dtype] * math.prod(profiles[tensor.name].max) for tensor in inputs)
+    total = sum(_ITEM_BYTES[tensor.dtype] * math.prod(shapes[tensor.name]) for tensor in inputs)
     for tensor in outputs:
         resolved = [_size_of(size, sizes) for size in tensor.shape]
         if None in resolved:
@@ -47,13 +54,20 @@ def tensor_bytes(
 def _size_of(size: int | str, sizes: Mapping[str, int]) -> int | None:
     """Numbers and names, multiplied and divided from left to right; None if a name is not known."""
     words = re.split(r" *([*/]) *", str(size))
-    values = [int(word) if word.isdigit() else sizes.get(word) for word in words[::2]]
+    values = [int(word) if word.isdigit() else _named(word, sizes) for word in words[::2]]
     total = values[0]
     for operator, value in zip(words[1::2], values[1:], strict=True):
         if total is None or value is None:
             return None
         total = total * value if operator == "*" else total // value
     return total
+
+
+def _named(name: str, sizes: Mapping[str, int]) -> int | None:
+    whole, _, divisor = name.rpartition("_")
+    if name not in sizes and whole in sizes and divisor.isdigit():
+        return -(-sizes[whole] // int(divisor))
+    return sizes.get(name)
 
 
 def planned_vram(sidecars: Iterable[EngineSidecar]) -> dict[str, int | None]:

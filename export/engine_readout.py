@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from latentrt.runtime.engine_sidecar import PrecisionReadout
 from latentrt.runtime.errors import BuildError
 
-# The type that an engine of a precision must mostly compute in, and the least part of its weights. An int8 plan
-# keeps sensitive layers in half on purpose, so there the majority is asked for; a mixed graph keeps in float32
-# whatever overflows, which may be most of it.
-EXPECTED: Mapping[str, tuple[str, float]] = {
-    "fp32": ("Float", 0.9),
-    "fp16": ("Half", 0.9),
-    "mixed": ("Half", 0.1),
-    "bf16": ("Bf16", 0.9),
-    "int8": ("Int8", 0.5),
-    "fp8": ("Fp8", 0.5),
+from .engine_flops import COUNTED, layer_flops
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """The type that an engine of a precision must compute in: the least part of its weights and of its operations."""
+
+    dtype: str
+    weights: float
+    flops: float
+
+
+# An int8 plan keeps sensitive layers in half on purpose, and attention's products, which have no weights; a mixed
+# graph keeps in float32 whatever overflows, which may be most of it. The operations tell what the weights do not: a
+# U-Net whose attention runs in float32 has all its weights in half.
+EXPECTED: Mapping[str, Expectation] = {
+    "fp32": Expectation("Float", 0.9, 0.9),
+    "fp16": Expectation("Half", 0.9, 0.9),
+    "mixed": Expectation("Half", 0.1, 0.0),
+    "bf16": Expectation("Bf16", 0.9, 0.9),
+    "int8": Expectation("Int8", 0.5, 0.25),
+    "fp8": Expectation("Fp8", 0.5, 0.25),
 }
-_WEIGHTED = {"CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM"}
 _TRANSPARENT = {"SHUFFLE", "CAST", "IDENTITY", "SQUEEZE", "UNSQUEEZE"}
 _MEMORY = {
     "activation_bytes": r"Total Activation Memory: (\d+) bytes",
@@ -32,13 +45,31 @@ _MEMORY = {
 }
 
 
-def read_precisions(trt: Any, network: Any) -> PrecisionReadout:
-    """The types that the layers with weights compute in, from the parsed network.
+@dataclass(frozen=True)
+class Layer:
+    """A layer that multiplies: its name and kind, the type it computes in, its weights and its operations."""
+
+    name: str
+    kind: str
+    precision: str
+    weights: int
+    flops: int
+
+
+def read_layers(trt: Any, network: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Layer, ...]:
+    """The convolutions and matrix products of a parsed network, with the types that they compute in.
 
     A strongly typed network states every layer's type and the builder may not change it, so these are the engine's
     types. A layer counts as Int8 or Fp8 only if both its operands come out of DequantizeLinear; one with
     dequantized weights alone computes in the wider type.
+
+    Args:
+        network: its inputs are given the shapes for good, so it is not one to build from.
+        shapes: by input.
     """
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        tensor.shape = shapes.get(tensor.name, tuple(tensor.shape))
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     producers = {
         layer.get_output(index).name: layer
@@ -46,16 +77,55 @@ def read_precisions(trt: Any, network: Any) -> PrecisionReadout:
         for index in range(layer.num_outputs)
         if layer.get_output(index) is not None
     }
+    return tuple(
+        Layer(
+            name=layer.name,
+            kind=layer.type.name.lower(),
+            precision=_compute_type(layer, producers),
+            weights=_weight_count(trt, layer, producers),
+            flops=layer_flops(trt, layer),
+        )
+        for layer in layers
+        if layer.type.name in COUNTED
+    )
+
+
+def precisions_of(layers: Iterable[Layer]) -> PrecisionReadout:
+    """Layers with weights, and their weights, by the type that they compute in."""
     counts: Counter[str] = Counter()
     weights: Counter[str] = Counter()
     for layer in layers:
-        if layer.type.name in _WEIGHTED:
-            size = _weight_count(trt, layer, producers)
-            if size:
-                dtype = _compute_type(layer, producers)
-                counts[dtype] += 1
-                weights[dtype] += size
+        if layer.weights:
+            counts[layer.precision] += 1
+            weights[layer.precision] += layer.weights
     return PrecisionReadout(layers=dict(counts), weights=dict(weights), method="types of the parsed network")
+
+
+def flops_shares(layers: Iterable[Layer]) -> dict[str, float]:
+    """The part of all operations that is done in each type; empty if there are none."""
+    flops: Counter[str] = Counter()
+    for layer in layers:
+        flops[layer.precision] += layer.flops
+    total = flops.total()
+    return {name: count / total for name, count in sorted(flops.items())} if total else {}
+
+
+def layer_report(
+    layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]], *, inspector: str | None = None
+) -> str:
+    """The layers as JSON text, to be kept beside the engine.
+
+    Args:
+        shapes: by input, for which the operations were counted.
+        inspector: JSON of the engine inspector, where a GPU could load the engine.
+    """
+    report = {
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "flops": sum(layer.flops for layer in layers),
+        "layers": [dataclasses.asdict(layer) for layer in layers],
+        "engine": None if inspector is None else json.loads(inspector),
+    }
+    return json.dumps(report, indent=1)
 
 
 def _source(tensor: Any, producers: Mapping[str, Any]) -> Any | None:
@@ -103,21 +173,26 @@ def type_name(name: str) -> str:
     return name.capitalize()
 
 
-def check_precision(component: str, precision: str, readout: PrecisionReadout) -> None:
+def check_precision(component: str, precision: str, readout: PrecisionReadout, flops: Mapping[str, float]) -> None:
     """Refuse an engine that does not compute in what its name says.
+
+    Args:
+        flops: share of the operations by type.
 
     Raises:
         BuildError: gives the share of each type.
     """
-    if precision not in EXPECTED:
+    expected = EXPECTED.get(precision)
+    if expected is None:
         return
-    dtype, least = EXPECTED[precision]
-    if not readout.share(dtype) >= least:
-        shares = ", ".join(f"{name} {readout.share(name):.1%}" for name in sorted(readout.weights)) or "no weights"
-        raise BuildError(
-            f"{component}: expected an {precision} engine to hold at least {least:.0%} of its weights in {dtype} "
-            f"layers, got {shares}. The graph's own types decide: export {precision} again."
-        )
+    weights = {name: readout.share(name) for name in readout.weights}
+    for what, least, shares in (("weights", expected.weights, weights), ("operations", expected.flops, flops)):
+        if not shares.get(expected.dtype, 0.0) >= least:
+            found = ", ".join(f"{name} {shares[name]:.1%}" for name in sorted(shares)) or f"no {what}"
+            raise BuildError(
+                f"{component}: expected an {precision} engine to have at least {least:.0%} of its {what} in "
+                f"{expected.dtype} layers, got {found}. The graph's own types decide: export {precision} again."
+            )
 
 
 def read_memory(messages: Iterable[str]) -> dict[str, int]:

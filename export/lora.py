@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 
 from latentrt.runtime.errors import ArtifactError, UsageError
+from latentrt.runtime.lora_delta import Delta, fits, fused_values
 
 from .checkpoint_parts import Part
 from .ldm_names import unet_names
-from .lora_delta import Delta, fits, fused_values
 from .lora_family import family_of
 from .lora_file import Lora, listed
 from .lora_names import flat

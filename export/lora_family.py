@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from .lora_delta import Delta
+from latentrt.runtime.lora_delta import Delta
 
 # Width of the text that the U-Net's cross-attention reads.
 _BY_TEXT_WIDTH = {

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.runtime.errors import ArtifactError
+from latentrt.runtime.lora_delta import Delta
 from latentrt.runtime.manifest import sha256_of
 
-from .lora_delta import Delta
 from .lora_family import family_of
 from .lora_names import Place, other_method, place_of
 from .safetensors_file import read_safetensors

@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from latentrt.runtime.cache_folder import cache_folder
 from latentrt.runtime.manifest import key_of, write_atomic
 
-# Names the folder instead of the user's cache folder.
-VARIABLE = "LATENTRT_CACHE"
+GRAPHS = "graphs"
 
 
 def default_cache() -> Path:
-    """The folder of traced graphs: below `LATENTRT_CACHE` where that is set, or the user's cache folder."""
-    from platformdirs import user_cache_path
-
-    base = os.environ.get(VARIABLE)
-    return (Path(base) if base else user_cache_path("latentrt")) / "graphs"
+    """The folder of traced graphs, in latentrt's folder of the user's cache."""
+    return cache_folder() / GRAPHS
 
 
 def cached(folder: Path | None, inputs: Mapping[str, Any], make: Callable[[], bytes]) -> bytes:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .components import Components
     from .denoise import denoise
     from .drawing import StepInfo
+    from .engine_host import EngineHost
     from .errors import (
         ArtifactError,
         BackendError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .manifest import Artifact, EngineRecord, FileRecord, Manifest, load_manifest
     from .noise import batch_noise
     from .noise_schedule import NoiseSchedule
+    from .onnx_cuda import CudaOptions
     from .pipeline import Pipeline, Result, base_and_refiner
     from .request import Control, Hires, Request
     from .sampler_loop import Evaluation, StepResult, drive, with_model
@@ -85,6 +87,8 @@ __all__ = [
     "load_manifest",
     "open_bundle",
     # sessions
+    "CudaOptions",
+    "EngineHost",
     "ModelSpec",
     "OnnxSession",
     "Session",
@@ -116,6 +120,7 @@ _MODULES = {
     "components": ("Components",),
     "denoise": ("denoise",),
     "drawing": ("StepInfo",),
+    "engine_host": ("EngineHost",),
     "errors": (
         "ArtifactError",
         "BackendError",
@@ -144,6 +149,7 @@ _MODULES = {
     ),
     "noise": ("batch_noise",),
     "noise_schedule": ("NoiseSchedule",),
+    "onnx_cuda": ("CudaOptions",),
     "pipeline": (
         "Pipeline",
         "Result",

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .bundle import Bundle
+from .bundle import DRAWING, Bundle, pipeline_files
 from .errors import BackendError, UsageError
+from .onnx_cuda import PROVIDERS, CudaOptions, why_no_cuda
 from .session import OnnxSession
-from .specs import Session
+from .specs import Array, Session
+from .trt_flavour import FLAVOURS
+
+if TYPE_CHECKING:
+    from .engine_choice import HeldEngine
+    from .engine_host import EngineHost
 
 _LARGE = 256 << 20
+# What runs once a prompt or a picture, and not every step.
+_ONCE = ("text_encoder", "unet_prompt", "vae_", "safety_checker")
 
-BACKENDS = ("auto", "onnxruntime", "cuda", "tensorrt", "tensorrt_rtx")
+BACKENDS = ("auto", "onnxruntime", "cuda", *FLAVOURS)
+
+Changes = Callable[[Path], Mapping[str, Array]]
+
+
+def no_changes(graph: Path) -> Mapping[str, Array]:
+    """The weights that the graph has."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -23,10 +40,36 @@ class GraphChoice:
     reason: str
 
 
-def open_session(bundle: Bundle, component: str, precision: str, *, backend: str = "auto") -> Session:
+@dataclass(frozen=True)
+class EnginesChoice:
+    """The engines that a component runs from here, and why these, or why from none, for people."""
+
+    engines: tuple[HeldEngine, ...]
+    reason: str
+
+
+def open_session(
+    bundle: Bundle,
+    component: str,
+    precision: str,
+    *,
+    backend: str = "auto",
+    cuda: CudaOptions | None = None,
+    host: EngineHost | None = None,
+    verify: bool = False,
+    changes: Changes = no_changes,
+) -> Session:
     """A session for a component of the bundle.
 
-    `auto` is ONNX Runtime with its CUDA provider where the installed build offers it, otherwise on the CPU.
+    `auto` takes engines where the bundle holds some that can be used here, and ONNX Runtime for shapes that they do not
+    hold; without engines ONNX Runtime, with its CUDA provider where that can be used, otherwise on the CPU. A flavour
+    of TensorRT is for the networks that draw; what else a run needs takes ONNX Runtime where no engine was built.
+
+    Args:
+        cuda: how ONNX Runtime's CUDA provider is used, where it is.
+        host: what the engines of a pipeline share.
+        verify: compare the graph with the manifest before it is read in an engine's place.
+        changes: weights that take the place of a graph's, given its .onnx file, whenever one is opened.
 
     Raises:
         UsageError: no such backend, or the bundle lacks the component in that precision.
@@ -35,8 +78,89 @@ def open_session(bundle: Bundle, component: str, precision: str, *, backend: str
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}.")
-    if backend in ("tensorrt", "tensorrt_rtx"):
-        raise BackendError(why_no_engine(bundle, component, precision, backend))
+    chosen = choose_backend(bundle, component, precision, backend=backend, host=host)
+    if backend in FLAVOURS and not chosen.engines and component in DRAWING:
+        raise BackendError(chosen.reason)
+
+    def open_graph() -> Session:
+        return _open_graph(bundle, component, precision, backend, cuda, changes)
+
+    if not chosen.engines or bundle.manifest is None:
+        return open_graph()
+    from .engine_host import EngineHost
+    from .engine_session import EngineSession
+
+    def instead() -> Session:
+        if verify:
+            target = choose_graph(bundle, component, precision, backend=backend).target
+            bundle.check(pipeline_files(bundle, precision, [component], target))
+        return open_graph()
+
+    return EngineSession(
+        chosen.engines, bundle.manifest, host or EngineHost(), fallback=instead if backend == "auto" else None
+    )
+
+
+def choose_backend(
+    bundle: Bundle, component: str, precision: str, *, backend: str = "auto", host: EngineHost | None = None
+) -> EnginesChoice:
+    """The engines of a component that can be used on this machine with a backend.
+
+    Args:
+        host: knows the machine; a new look is taken without one.
+    """
+    flavours = FLAVOURS if backend == "auto" else tuple(name for name in FLAVOURS if name == backend)
+    engines = bundle.manifest.engines if bundle.manifest is not None else ()
+    if not any((e.component, e.precision) == (component, precision) and e.flavour in flavours for e in engines):
+        named, flavour = ("TensorRT", "") if backend == "auto" else (backend, f" --flavour {backend}")
+        return EnginesChoice(
+            (),
+            f"{bundle.path}: expected a {named} engine for {component} in {precision}, found none. "
+            f"Run: latentrt build {bundle.path} --precision {precision}{flavour}",
+        )
+    from .cuda_driver import BINDINGS, why_no_bindings
+    from .engine_choice import choose_engines
+    from .engine_host import EngineHost
+    from .engine_sidecar import describe_profiles
+
+    choice = choose_engines(bundle, component, precision, (host or EngineHost()).machine, flavours=flavours)
+    if not choice.usable:
+        more = len(choice.refused) - 1
+        rest = f" ({more} more cannot be used either: latentrt doctor {bundle.path})" if more else ""
+        return EnginesChoice((), f"{choice.refused[0]}{rest}")
+    if backend == "auto" and (why := why_no_bindings()):
+        return EnginesChoice((), f"{choice.usable[0].path}: {why}. Run: {BINDINGS}")
+    held = "; ".join(f"{e.sidecar.flavour} engine for {describe_profiles(e.sidecar)}" for e in choice.usable)
+    return EnginesChoice(choice.usable, held)
+
+
+def default_precision(bundle: Bundle, *, backend: str, host: EngineHost | None = None) -> str:
+    """The precision to draw in where none is asked for: of usable engines of the U-Net, else the best that is whole.
+
+    With a flavour of TensorRT also that of engines which cannot be used here, so that the reason is told, and without
+    any the one that `latentrt build` takes.
+
+    Args:
+        bundle: holds all that drawing takes in at least one precision.
+    """
+    held = bundle.precisions()
+    flavours = FLAVOURS if backend == "auto" else (backend,)
+    engines = bundle.manifest.engines if bundle.manifest is not None else ()
+    built = {engine.precision for engine in engines if engine.component == "unet" and engine.flavour in flavours}
+    candidates = [name for name in held if bundle.precision_of("unet", name) in built]
+    for name in candidates:
+        if choose_backend(bundle, "unet", str(bundle.precision_of("unet", name)), backend=backend, host=host).engines:
+            return name
+    if backend in FLAVOURS:
+        return next(iter([*candidates, *(name for name in held if name == "fp16")]), held[0])
+    return held[0]
+
+
+def _open_graph(
+    bundle: Bundle, component: str, precision: str, backend: str, cuda: CudaOptions | None, changes: Changes
+) -> Session:
+    if backend == "cuda" and (reason := why_no_cuda()):
+        raise BackendError(f"backend cuda: expected a GPU that ONNX Runtime can use, but {reason}")
     if precision == "bf16" and provider_of(backend) == "cpu":
         raise BackendError(
             f"{component}: expected another precision than bf16, for which ONNX Runtime has no kernels on the CPU. Use "
@@ -45,10 +169,12 @@ def open_session(bundle: Bundle, component: str, precision: str, *, backend: str
     target = choose_graph(bundle, component, precision, backend=backend).target
     path = bundle.graph(component, precision, target)
     if provider_of(backend) == "cuda":
-        return OnnxSession(path, providers=("CUDAExecutionProvider", "CPUExecutionProvider"))
+        told = cuda or CudaOptions()
+        gives_back = told.gives_back and component.startswith(_ONCE)
+        return OnnxSession(path, providers=PROVIDERS, arena=not gives_back, cuda=told, weights=changes(path))
     keeps = _keeps_memory(bundle, component, precision, target)
     # A graph made for the CPU is rewritten already: as it is, it opens at once and its weights stay in the mapped file.
-    return OnnxSession(path, arena=keeps, optimize=target != "cpu")
+    return OnnxSession(path, arena=keeps, optimize=target != "cpu", weights=changes(path))
 
 
 def choose_graph(bundle: Bundle, component: str, precision: str, *, backend: str = "auto") -> GraphChoice:
@@ -67,7 +193,7 @@ def choose_graph(bundle: Bundle, component: str, precision: str, *, backend: str
 
 def provider_of(backend: str) -> str:
     """The provider of ONNX Runtime that a backend means here: `cpu` or `cuda`."""
-    return "cuda" if backend == "cuda" or (backend == "auto" and _cuda_usable()) else "cpu"
+    return "cuda" if backend == "cuda" or (backend != "onnxruntime" and why_no_cuda() is None) else "cpu"
 
 
 def _keeps_memory(bundle: Bundle, component: str, precision: str, target: str) -> bool:
@@ -76,7 +202,7 @@ def _keeps_memory(bundle: Bundle, component: str, precision: str, target: str) -
     What runs once a prompt or a picture gives it back. A small network's is quickly had again, and an arena, which
     grows by powers of two, would be a good part of the process.
     """
-    if component.startswith(("text_encoder", "unet_prompt", "vae_", "safety_checker")):
+    if component.startswith(_ONCE):
         return False
     artifact = bundle.manifest.artifact(component, precision, target) if bundle.manifest else None
     if artifact is None:
@@ -85,40 +211,3 @@ def _keeps_memory(bundle: Bundle, component: str, precision: str, target: str) -
     else:
         files = [bundle.path / name for name in artifact.files]
     return sum(file.stat().st_size for file in files) >= _LARGE
-
-
-@cache
-def _cuda_usable() -> bool:
-    from .machine import probe_machine
-    from .session import import_onnxruntime
-
-    # The CPU build is told apart at once; only a CUDA build makes it worth looking for a GPU.
-    if "CUDAExecutionProvider" not in import_onnxruntime().get_available_providers():
-        return False
-    return bool(probe_machine().gpus)
-
-
-def why_no_engine(bundle: Bundle, component: str, precision: str, flavour: str) -> str:
-    """Why this component does not run from a TensorRT engine here: the sidecars' reasons, or that none was built."""
-    from .engine_sidecar import read_sidecar, why_unusable
-    from .machine import probe_machine
-
-    engines = [
-        e
-        for e in (bundle.manifest.engines if bundle.manifest else ())
-        if (e.component, e.precision, e.flavour) == (component, precision, flavour)
-    ]
-    if not engines:
-        return (
-            f"{bundle.path}: expected a {flavour} engine for {component} in {precision}, found none. "
-            f"Run: latentrt build {bundle.path} --precision {precision}"
-        )
-    machine = probe_machine()
-    for engine in engines:
-        reason = why_unusable(read_sidecar(bundle.path / engine.sidecar), machine)
-        if reason is None:
-            return (
-                f"{bundle.path / engine.path}: fits this machine, but this version of latentrt does not run engines "
-                "yet. Use --backend auto."
-            )
-    return f"{bundle.path / engines[-1].path}: {reason}"

@@ -28,8 +28,13 @@ def load_command(name: str) -> Any | None:
     found = [entry for entry in entry_points(group=GROUP) if entry.name == name]
     if not found:
         return None
+    loaded = found[0].load()
+    if isinstance(loaded, typer.Typer):  # a group of its own, such as `latentrt cache list`
+        group = typer.main.get_command(loaded)
+        group.name = name
+        return group
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    app.command(name=name)(found[0].load())
+    app.command(name=name)(loaded)
     return typer.main.get_command(app)
 
 
@@ -40,13 +45,16 @@ class EntryPointGroup(TyperGroup):
         """Names in the order of use."""
         order = [
             "export",
+            "optimize",
+            "lora",
+            "plan",
             "build",
+            "cache",
             "calibrate",
             "generate",
             "replay",
             "samplers",
             "bench",
-            "plan",
             "inspect",
             "verify",
             "doctor",

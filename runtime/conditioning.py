@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from .bound_inputs import freeze
 from .embedding_cache import EmbeddingCache
 from .errors import UsageError
 from .model_facts import ModelFacts
@@ -142,14 +143,15 @@ class Conditioning:
         times = None
         if self._facts.is_sdxl:
             positive, negative = self._times
-            times = np.stack([negative] * negatives + [positive] * len(owner))
+            times = freeze(np.stack([negative] * negatives + [positive] * len(owner)))
         return Rows(
             images=np.asarray(images, np.intp),
             owner=np.asarray(owner, np.intp),
             weights=np.asarray(weights, np.float32),
             negatives=negatives,
-            hidden=np.stack([text.hidden for text in texts]),
-            text_embeds=np.stack(pooled) if pooled else None,
+            # Sessions leave on their device what they know not to change.
+            hidden=freeze(np.stack([text.hidden for text in texts])),
+            text_embeds=freeze(np.stack(pooled)) if pooled else None,
             time_ids=times,
         )
 

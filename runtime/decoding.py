@@ -10,6 +10,7 @@ from .image import Pictures
 from .latents import decode_latents, decode_to_uint8
 from .opened_model import Model
 from .request import Request
+from .residency import held
 from .start_latents import unscale_latents
 
 
@@ -23,7 +24,10 @@ def decode_pictures(model: Model, request: Request, latents: NDArray[np.float32]
     """
     components, factor = model.components, model.facts.vae_factor
     tiling = model.tiling(request, (latents.shape[2] * factor, latents.shape[3] * factor))
-    if tiling is None and components.picture_decoder == PICTURES:
-        return decode_to_uint8(components[PICTURES], latents)
-    plain = unscale_latents(model.facts, latents)
-    return decode_latents(components["vae_decoder"], plain, scaling_factor=1.0, tiling=tiling)
+    whole = tiling is None and components.picture_decoder == PICTURES
+    session = components[PICTURES if whole else "vae_decoder"]
+    with held(session):
+        if whole:
+            return decode_to_uint8(session, latents)
+        plain = unscale_latents(model.facts, latents)
+        return decode_latents(session, plain, scaling_factor=1.0, tiling=tiling)

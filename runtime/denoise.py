@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .bound_inputs import freeze
 from .conditioning import Rows
 from .errors import BackendError
 from .guidance import Guidance, compose, guidance_embedding, guide
@@ -37,6 +38,14 @@ class ActiveControl:
     scale: float
     start: float
     end: float
+    _rows: dict[bytes, Floats] = field(default_factory=dict, init=False, repr=False)
+
+    def rows(self, sources: NDArray[np.intp]) -> Floats:
+        """The picture of each row's image; for the same rows the same array, which sessions need not copy again."""
+        key = sources.tobytes()
+        if key not in self._rows:
+            self._rows[key] = freeze(np.take(self.pictures, sources, axis=0))
+        return self._rows[key]
 
     def scale_at(self, position: int, count: int) -> float:
         """Its scale at a step; 0 before its start and after its end, as diffusers counts them."""
@@ -75,6 +84,12 @@ class Denoiser:
     time_cond_width: int = 0
     precision: str = "unknown"
 
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        """The networks that its steps run."""
+        others = () if self.unet_control is None else (self.unet_control,)
+        return (self.unet, *others, *(control.session for control in self.controls))
+
     def __call__(self, evaluation: Evaluation) -> Array:
         """The guided prediction (n, c, h/8, w/8).
 
@@ -82,14 +97,27 @@ class Denoiser:
             BackendError: the U-Net gave NaN or infinity, or the backend failed.
         """
         position = min(max(evaluation.step_index - self.first, 0), self.count - 1)
-        scale = 1.0 if self.time_cond_width else self.guidance.at(position, self.count)
-        calls = self.conditioning.at(position, guided=scale > 1)
+        calls, scale = self._told(position)
         if len(calls) == 1:
             return self._call(evaluation, calls[0], position, scale)
         result = np.empty(evaluation.sample.shape, np.float32)
         for rows in calls:
             result[rows.images] = self._call(evaluation, rows, position, scale)
         return result
+
+    def encode_texts(self) -> None:
+        """Have the texts of all steps encoded now, which the conditioning keeps: no step needs the text encoders then.
+
+        Raises:
+            BackendError: a text encoder failed.
+        """
+        for position in range(self.count):
+            self._told(position)
+
+    def _told(self, position: int) -> tuple[tuple[Rows, ...], float]:
+        """What the rows of a step's calls are told, and the scale of its guidance."""
+        scale = 1.0 if self.time_cond_width else self.guidance.at(position, self.count)
+        return self.conditioning.at(position, guided=scale > 1), scale
 
     def _call(self, evaluation: Evaluation, rows: Rows, position: int, scale: float) -> Array:
         editing = self.image_guidance is not None and rows.negatives > 0
@@ -145,7 +173,7 @@ class Denoiser:
             scales = np.full(len(sources), control.scale_at(position, self.count), np.float32)
             given = {
                 **feeds,
-                "controlnet_cond": np.take(control.pictures, sources, axis=0),
+                "controlnet_cond": control.rows(sources),
                 "conditioning_scale": scales,
             }
             wanted = {tensor.name for tensor in control.session.spec.inputs}

@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 
 from .backends import choose_graph
 from .bundle import Bundle
-from .engine_sidecar import read_sidecar, why_unusable
+from .cuda_driver import BINDINGS, why_no_bindings
+from .engine_choice import examine_engine
 from .errors import LatentrtError
 from .machine import Machine, core_count, cpu_features, disk_bytes, memory_bytes, probe_machine
-from .manifest import load_manifest, problem_of
+from .manifest import load_manifest
+from .onnx_cuda import judge_cuda
 from .session import import_onnxruntime
 from .trt_flavour import (
     DATA_CENTRE_SMS,
@@ -41,14 +43,12 @@ class Backend:
 
     Attributes:
         usable: the machine has what it needs.
-        generates: `latentrt generate` drives it in this version.
         detail: what was found; why not, if it is not usable.
         remedy: what to do about it.
     """
 
     name: str
     usable: bool
-    generates: bool
     version: str | None
     detail: str
     remedy: str | None = None
@@ -99,8 +99,8 @@ class Report:
 
     @property
     def can_generate(self) -> bool:
-        """At least one backend that `latentrt generate` drives can be used."""
-        return any(backend.usable and backend.generates for backend in self.backends)
+        """At least one backend can be used."""
+        return any(backend.usable for backend in self.backends)
 
 
 def examine(bundle: Path | None = None, *, machine: Machine | None = None) -> Report:
@@ -155,7 +155,7 @@ def examine(bundle: Path | None = None, *, machine: Machine | None = None) -> Re
 
 
 def _unseen(name: str) -> Backend:
-    return Backend(name, usable=False, generates=False, version=None, detail="could not be looked at: see the problems")
+    return Backend(name, usable=False, version=None, detail="could not be looked at: see the problems")
 
 
 def conflicts() -> list[str]:
@@ -175,33 +175,33 @@ def onnxruntime_backends(machine: Machine) -> tuple[Backend, Backend]:
     try:
         ort = import_onnxruntime()
     except LatentrtError as err:
-        cpu = Backend("onnxruntime CPU", False, True, None, str(err), "pip install 'latentrt[cpu]'")
-        cuda = Backend(
-            "onnxruntime CUDA", False, True, None, "onnxruntime is not usable", "pip install 'latentrt[gpu]'"
-        )
+        cpu = Backend("onnxruntime CPU", False, None, str(err), "pip install 'latentrt[cpu]'")
+        cuda = Backend("onnxruntime CUDA", False, None, "onnxruntime is not usable", "pip install 'latentrt[gpu]'")
         return cpu, cuda
     version = str(ort.__version__)
     providers = [str(name) for name in ort.get_available_providers()]
     has_cpu = "CPUExecutionProvider" in providers
     listed = ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
-    cpu = Backend("onnxruntime CPU", has_cpu, True, version, f"providers: {listed}")
+    cpu = Backend("onnxruntime CPU", has_cpu, version, f"providers: {listed}")
     if "CUDAExecutionProvider" not in providers:
         swap = "pip uninstall -y onnxruntime && pip install 'latentrt[gpu]'" if machine.gpus else None
         detail = "this build of onnxruntime has no CUDA provider"
         if not machine.gpus:
             detail += f", and {machine.why_no_gpu or 'there is no GPU'}"
-        return cpu, Backend("onnxruntime CUDA", False, True, version, detail, swap)
+        return cpu, Backend("onnxruntime CUDA", False, version, detail, swap)
     if not machine.gpus:
         detail = f"the CUDA provider is installed, but {machine.why_no_gpu or 'there is no GPU'}"
-        return cpu, Backend("onnxruntime CUDA", False, True, version, detail)
-    return cpu, Backend("onnxruntime CUDA", True, True, version, f"on {machine.gpus[0].name}")
+        return cpu, Backend("onnxruntime CUDA", False, version, detail)
+    if reason := judge_cuda(ort, lambda: machine):
+        return cpu, Backend("onnxruntime CUDA", False, version, reason)
+    return cpu, Backend("onnxruntime CUDA", True, version, f"on {machine.gpus[0].name}")
 
 
 def tensorrt_backend(flavour: str, machine: Machine) -> Backend:
     """Whether engines of a flavour can run here, and whether they can at least be built."""
 
     def backend(*, usable: bool, version: str | None, detail: str, remedy: str | None = None) -> Backend:
-        return Backend(flavour, usable, False, version, detail, remedy)
+        return Backend(flavour, usable, version, detail, remedy)
 
     try:
         module = import_flavour(flavour)
@@ -224,7 +224,9 @@ def tensorrt_backend(flavour: str, machine: Machine) -> Backend:
     if package and package.cuda_major and machine.cuda and machine.cuda[0] < package.cuda_major:
         detail = f"needs a driver for CUDA {package.cuda_major}; this one supports {machine.cuda[0]}.{machine.cuda[1]}"
         return backend(usable=False, version=version, detail=detail, remedy="Update the NVIDIA driver.")
-    detail = f"{builds}engines for {gpu.sm} can run on {gpu.name}; latentrt generate does not drive them yet"
+    if reason := why_no_bindings():
+        return backend(usable=False, version=version, detail=f"{builds}to run engines {reason}", remedy=BINDINGS)
+    detail = f"{builds}engines for {gpu.sm} can run on {gpu.name}"
     return backend(usable=True, version=version, detail=detail)
 
 
@@ -257,20 +259,7 @@ def engine_statuses(bundle: Path, machine: Machine) -> tuple[EngineStatus, ...]:
     manifest = load_manifest(bundle)
     statuses = []
     for record in manifest.engines:
-        reason = problem_of(bundle, manifest, record.path, hashes=False)
-        reason = reason or problem_of(bundle, manifest, record.sidecar)
-        if reason is None:
-            try:
-                sidecar = read_sidecar(bundle / record.sidecar)
-            except LatentrtError as err:
-                reason = str(err)
-            else:
-                artifact = manifest.artifact(record.component, record.precision)
-                current = {} if artifact is None else {name: manifest.files[name].sha256 for name in artifact.files}
-                if current != sidecar.onnx:
-                    reason = "it was made from an older graph than the bundle holds. Run: latentrt build again"
-                else:
-                    reason = why_unusable(sidecar, machine)
+        _, reason = examine_engine(bundle, manifest, record, machine)
         statuses.append(
             EngineStatus(record.path, record.component, record.precision, record.targets, reason is None, reason)
         )

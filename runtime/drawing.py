@@ -20,6 +20,7 @@ from .opened_model import Model
 from .parametrisation import Array, apply_form
 from .pixels import load_image
 from .request import Request
+from .residency import held
 from .run_start import check_family, picture_seeds, picture_size, plan_request, start_run
 from .sampler_loop import StepResult
 from .sampling_plan import SamplingPlan, start_sampler
@@ -119,29 +120,31 @@ def prepare(
         rescale=request.guidance_rescale,
     )
     steps = len(plan.steps)
-    conditioning = Conditioning(
-        model.prompt_encoder,
-        request,
-        facts,
-        steps=steps,
-        size=(height, width),
-        guided=guidance.anywhere(steps),
-        first_pass_steps=first_pass_steps,
-    )
     controls = _controls(model, request, images, (height, width))
-    denoiser = Denoiser(
-        unet=model.components["unet"],
-        conditioning=conditioning,
-        guidance=guidance,
-        first=plan.steps[0].index,
-        count=steps,
-        channels=start.channels,
-        image_guidance=request.image_guidance if facts.is_editing and guidance.anywhere(steps) else None,
-        controls=controls,
-        unet_control=model.components["unet_control"] if controls else None,
-        time_cond_width=facts.time_cond_width,
-        precision=model.components.precision,
-    )
+    with held(*(encoder.session for encoder in model.prompt_encoder.encoders)):
+        conditioning = Conditioning(
+            model.prompt_encoder,
+            request,
+            facts,
+            steps=steps,
+            size=(height, width),
+            guided=guidance.anywhere(steps),
+            first_pass_steps=first_pass_steps,
+        )
+        denoiser = Denoiser(
+            unet=model.components["unet"],
+            conditioning=conditioning,
+            guidance=guidance,
+            first=plan.steps[0].index,
+            count=steps,
+            channels=start.channels,
+            image_guidance=request.image_guidance if facts.is_editing and guidance.anywhere(steps) else None,
+            controls=controls,
+            unet_control=model.components["unet_control"] if controls else None,
+            time_cond_width=facts.time_cond_width,
+            precision=model.components.precision,
+        )
+        denoiser.encode_texts()
     seeds = picture_seeds(request)[0]
     return Pass(plan, start, denoiser, noise, seeds, request.rng, request.gpu, (height, width))
 
@@ -177,28 +180,29 @@ def run_pass(model: Model, prepared: Pass, *, second_pass: bool = False) -> Gene
     )
     final: Array = start.latents
     last = plan.steps[-1]
-    for step in denoise(sampler, prepared.denoiser):
-        final = step.latents
-        if blend is not None and step.index == last.index:
-            # The picture itself, at whatever level the last step ends: as in diffusers.
-            final = blend.at(plan, 0.0, final)
-        if not np.isfinite(final).all():
-            raise BackendError(
-                f"sampler {plan.sampler.label}: expected finite latents after step {step.index}, got NaN or infinity. "
-                "Take more steps, less guidance, or precision fp32."
+    with held(*prepared.denoiser.sessions):
+        for step in denoise(sampler, prepared.denoiser):
+            final = step.latents
+            if blend is not None and step.index == last.index:
+                # The picture itself, at whatever level the last step ends: as in diffusers.
+                final = blend.at(plan, 0.0, final)
+            if not np.isfinite(final).all():
+                raise BackendError(
+                    f"sampler {plan.sampler.label}: expected finite latents after step {step.index}, got NaN or "
+                    "infinity. Take more steps, less guidance, or precision fp32."
+                )
+            shown = final.view()
+            shown.flags.writeable = False
+            yield StepInfo(
+                index=step.index - plan.steps[0].index,
+                total=len(plan.steps),
+                latents=shown,
+                seconds=time.perf_counter() - began,
+                sigma=step.evaluation.sigma,
+                timestep=float(step.evaluation.timestep or 0.0),
+                preview=lambda step=step: _preview(model, plan, step),  # type: ignore[misc]
+                second_pass=second_pass,
             )
-        shown = final.view()
-        shown.flags.writeable = False
-        yield StepInfo(
-            index=step.index - plan.steps[0].index,
-            total=len(plan.steps),
-            latents=shown,
-            seconds=time.perf_counter() - began,
-            sigma=step.evaluation.sigma,
-            timestep=float(step.evaluation.timestep or 0.0),
-            preview=lambda step=step: _preview(model, plan, step),  # type: ignore[misc]
-            second_pass=second_pass,
-        )
     return final.astype(np.float32)
 
 

@@ -6,7 +6,8 @@
     ├── ArtifactError                   a file is missing, truncated, changed or of another version
     ├── BackendError                    a backend cannot be used here, or failed at run time
     ├── ExportError                     a component could not be exported, or its graph is not its model
-    └── BuildError                      an engine could not be built, or is not what it should be
+    ├── BuildError                      an engine could not be built, or is not what it should be
+    └── CalibrationError                int8 ranges could not be found, or a plan does not fit its graph
 
 Messages read `<name>: expected <x>, got <y>. <what to do>`. Anything else that escapes is a bug.
 """
@@ -44,3 +45,7 @@ class ExportError(LatentrtError):
 
 class BuildError(LatentrtError):
     """An engine could not be built, or is not of the precision it was asked for."""
+
+
+class CalibrationError(LatentrtError):
+    """Ranges could not be found, or a plan is of another graph."""

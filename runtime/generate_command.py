@@ -14,6 +14,7 @@ from .errors import UsageError
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline, Result
+    from .vram import VramPeak
 
 SIZE_HELP = "Pixels, a multiple of 8; default what the checkpoint was trained at, or the image's own."
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -85,10 +86,16 @@ def generate(
         str | None, typer.Option(help="fp32, fp16, mixed; default the first the bundle holds.")
     ] = None,
     backend: Annotated[str, typer.Option(help="auto, onnxruntime, cuda, tensorrt or tensorrt_rtx.")] = "auto",
+    residency: Annotated[
+        str, typer.Option(help="What stays in memory: all, swap (one network at a time), stream (TensorRT), auto.")
+    ] = "all",
     clip_skip: Annotated[int, typer.Option(help="Layers of the text encoder left out at the end: 0 none.")] = 0,
     negative_clip_skip: Annotated[int, typer.Option(help="Likewise for the negative prompt.")] = 0,
     embedding: Annotated[
         list[Path] | None, typer.Option(help="Textual inversion, .safetensors; its name becomes a word.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="LoRA of the bundle: NAME or NAME:SCALE; see latentrt lora add.")
     ] = None,
     rng: Annotated[str, typer.Option(help="Whose random numbers: cpu or cuda (PyTorch's), numpy.")] = "cpu",
     gpu: Annotated[str | None, typer.Option(help="With --rng cuda: the GPU whose numbers they are.")] = None,
@@ -165,7 +172,15 @@ def generate(
     --sampler "DPM++ 2M" --schedule karras --steps 20 --guidance 5 --seed 42
     """
     from .cuda_rng import DEFAULT_GPU
-    from .generate_options import read_control, read_hires, read_numbers, read_pair, read_settings, read_size
+    from .generate_options import (
+        read_control,
+        read_hires,
+        read_loras,
+        read_numbers,
+        read_pair,
+        read_settings,
+        read_size,
+    )
 
     texts = read_prompts(prompt, prompts)
     check_output(output)
@@ -208,7 +223,13 @@ def generate(
         **read_settings(setting or ()),
     }
     drawing = _Drawing(texts, output, batch, preview, deadline, quality)
-    loading = {"precision": precision, "backend": backend, "textual_inversions": embedding or ()}
+    loading = {
+        "precision": precision,
+        "backend": backend,
+        "residency": residency,
+        "textual_inversions": embedding or (),
+        "loras": read_loras(lora or ()),
+    }
     report = drawing.run(bundle, loading, settings, refiner, refiner_switch)
     if as_json:
         print(json.dumps(report))
@@ -246,11 +267,12 @@ class _Drawing:
 
         from .console import progress_console
         from .pipeline import Pipeline, base_and_refiner
+        from .vram import VramMeter
 
         started = time.perf_counter()
-        with Progress(console=progress_console(), transient=True) as bar:
+        with Progress(console=progress_console(), transient=True) as bar, VramMeter() as vram:
             pipe = Pipeline.load(bundle, **loading)
-            second = None if refiner is None else Pipeline.load(refiner, **loading)
+            second = None if refiner is None else Pipeline.load(refiner, **{**loading, "loras": ()})
             loaded = time.perf_counter()
             task = bar.add_task("sampling", total=None)
 
@@ -265,7 +287,7 @@ class _Drawing:
                 else:
                     result = pipe(text, on_step=on_step, deadline=self.deadline, **settings)
                 self._save(result, text, index * self.batch)
-        return self._report(pipe, loaded - started, time.perf_counter() - loaded)
+            return self._report(pipe, loaded - started, time.perf_counter() - loaded, vram.peak)
 
     def _show(self, step: Any) -> None:
         from .image import save_picture
@@ -290,12 +312,15 @@ class _Drawing:
                 line["nsfw_content_detected"] = result.nsfw_content_detected[offset]
             self.written.append(line)
 
-    def _report(self, pipe: Pipeline, load: float, draw: float) -> dict[str, Any]:
+    def _report(self, pipe: Pipeline, load: float, draw: float, vram: VramPeak) -> dict[str, Any]:
         return {
             "pictures": self.written,
             "precision": pipe.precision,
             "precisions": pipe.precisions,
             "backend": pipe.backend,
+            "residency": pipe.residency,
+            "notes": pipe.notes,
+            "vram": {"peak_bytes": vram.nbytes, "of": vram.of, "reason": vram.reason},
             "load_seconds": round(load, 3),
             "seconds": round(draw, 3),
         }
@@ -311,5 +336,10 @@ def _tell(report: dict[str, Any]) -> None:
         f"{name} {precision}" for name, precision in report["precisions"].items() if precision != report["precision"]
     ]
     log(f"{', '.join([report['precision'], *others])} on {report['backend']}")
+    if (peak := report["vram"]["peak_bytes"]) is not None:
+        whose = "" if report["vram"]["of"] == "process" else ", others' included"
+        log(f"at most {peak / 2**30:.2f} GiB of the GPU's memory{whose}, residency {report['residency']}")
+    for text in report["notes"]:
+        note(text)
     if flagged := [picture["path"] for picture in report["pictures"] if picture.get("nsfw_content_detected")]:
         note(f"black, because the safety checker flagged them: {', '.join(flagged)}. --no-safety-checker shows them.")

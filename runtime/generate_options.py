@@ -29,6 +29,25 @@ def read_control(text: str) -> Control:
     return Control(image=Path(path), scale=scale, start=start, end=end, model=model)
 
 
+def read_loras(texts: Sequence[str]) -> dict[str, float | None]:
+    """`NAME` or `NAME:SCALE` each, in their order; None for the scale that a LoRA was added with.
+
+    Raises:
+        UsageError: a scale is no number, or a name stands twice.
+    """
+    loras: dict[str, float | None] = {}
+    for text in texts:
+        name, sign, scale = text.partition(":")
+        try:
+            value = float(scale) if sign else None
+        except ValueError as err:
+            raise UsageError(f"lora: expected NAME or NAME:SCALE, such as style:0.8, got {text!r}.") from err
+        if name in loras:
+            raise UsageError(f"lora: expected each name once, got {name!r} twice. Add up the scales.")
+        loras[name] = value
+    return loras
+
+
 def read_settings(pairs: Sequence[str]) -> dict[str, Any]:
     """`NAME=VALUE` pairs, the values as Python literals where they are (`true` and `false` too), else as text.
 

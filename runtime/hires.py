@@ -11,6 +11,7 @@ from .latents import encode_image
 from .model_facts import ModelFacts
 from .opened_model import Model
 from .request import Hires, Request
+from .residency import held
 from .start_latents import nearest_multiple, resize_latents, scale_latents
 
 Floats = NDArray[np.float32]
@@ -59,8 +60,10 @@ def enlarge(model: Model, request: Request, latents: Floats, hires: Hires, size:
     encoder = model.components["vae_encoder"]
     pictures = decode_pictures(model, request, latents)
     larger = np.stack([load_image(picture, size=size) for picture in pictures])
+    with held(encoder):
+        encoded = encode_image(encoder, larger, tiling=model.tiling(request, size))
     # The mode of the distribution: the second pass adds noise of its own.
-    return scale_latents(facts, encode_image(encoder, larger, tiling=model.tiling(request, size)).mean)
+    return scale_latents(facts, encoded.mean)
 
 
 def second_request(request: Request, hires: Hires) -> Request:

@@ -140,13 +140,18 @@ def changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return changed
 
 
+def scratch_path(final: Path) -> Path:
+    """A name of its own beside a file's final one, for what is renamed to it once it is whole."""
+    return final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
+
+
 def write_scratch(final: Path, data: memoryview | bytes) -> tuple[Path, FileRecord]:
     """Write data under a temporary name beside its final one, hashed on the way.
 
     Raises:
         OSError: naming the file, such as for a full disk; nothing is left behind.
     """
-    scratch = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
+    scratch = scratch_path(final)
     digest = hashlib.sha256()
     view = memoryview(data).cast("B")
     try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .bundle import Bundle
 from .image import Pictures, picture_digest
 from .infotext import Setting, format_infotext
+from .lora_store import ActiveLora, held_loras, lora_path
+from .lora_weights import lora_notes
 from .manifest import key_of
 from .opened_model import Model
 from .request import Request, to_record
@@ -17,13 +19,23 @@ from .text_encoding import Embeddings
 
 
 def bundle_digest(bundle: Bundle) -> str | None:
-    """A hash of all the files a bundle's pictures can depend on; None for a folder without a manifest."""
+    """A hash of all the files a bundle's pictures can depend on, LoRAs apart; None for a folder without a manifest."""
     if bundle.manifest is None:
         return None
-    return key_of({name: record.sha256 for name, record in sorted(bundle.manifest.files.items())})
+    loras = {lora_path(name) for name in held_loras(bundle.manifest)}
+    files = bundle.manifest.files.items()
+    return key_of({name: record.sha256 for name, record in sorted(files) if name not in loras})
 
 
-def infotext(request: Request, plan: SamplingPlan, index: int, *, size: tuple[int, int], model: str) -> str:
+def infotext(
+    request: Request,
+    plan: SamplingPlan,
+    index: int,
+    *,
+    size: tuple[int, int],
+    model: str,
+    loras: Sequence[ActiveLora] = (),
+) -> str:
     """The parameters text of picture `index`, as A1111 writes it."""
     which = index // request.batch
     prompt, negative = request.prompts()[which], request.negatives()[which]
@@ -56,6 +68,8 @@ def infotext(request: Request, plan: SamplingPlan, index: int, *, size: tuple[in
         settings["Eta"] = request.eta
     if request.guidance_rescale:
         settings["CFG Rescale"] = request.guidance_rescale
+    if loras:
+        settings["Lora"] = ", ".join(f"{active.lora.name}:{active.scale:g}" for active in loras)
     if request.hires is not None:
         settings |= {
             "Hires upscale": request.hires.scale,
@@ -85,6 +99,7 @@ def picture_records(model: Model, request: Request, pictures: Pictures, name: st
         "latentrt": version("latentrt"),
         "bundle": {"name": name, "sha256": bundle_digest(components.bundle)},
         "textual_inversions": {item.names[0]: item.sha256 for item in model.inversions},
+        "loras": lora_notes(components.loras),
         "precision": components.precision,
         "backend": components["unet"].backend,
     }

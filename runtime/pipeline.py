@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,18 @@ from .errors import DeadlineError
 from .hires import check_hires, enlarge, larger_size, second_request
 from .image import Pictures
 from .latents import check_pictures
+from .lora_store import Wanted
 from .model_facts import read_facts, read_schedules
+from .onnx_cuda import CudaOptions
 from .opened_model import Model
 from .picture_text import infotext, picture_records
 from .request import Request, Text, request_of
 from .run_start import picture_seeds, request_noise
 from .safety_checker import SafetyChecker, open_safety_checker
 from .textual_inversion import TextualInversion, load_textual_inversion
+
+if TYPE_CHECKING:
+    from .engine_host import EngineHost
 
 Floats = NDArray[np.float32]
 
@@ -68,22 +73,33 @@ class Pipeline:
         backend: str = "auto",
         verify: bool = True,
         textual_inversions: Sequence[str | Path | TextualInversion] = (),
+        residency: str = "all",
+        cuda: CudaOptions | None = None,
+        host: EngineHost | None = None,
+        loras: Wanted = (),
     ) -> Pipeline:
         """Open a bundle, or a folder that `optimum-cli export onnx` wrote.
 
         Args:
-            precision: fp32, fp16…; default the first of these that every component has.
+            precision: fp32, fp16…; default that of engines which can be used, else the first that every component has.
             backend: auto, onnxruntime, cuda, tensorrt or tensorrt_rtx.
             verify: compare the files' SHA-256 with the manifest before they are loaded; sizes are always compared.
             textual_inversions: .safetensors files, each a word for prompts (its file's name), or loaded ones.
+            residency: `all` keeps every network in memory, `swap` one stage's at a time, `stream` likewise and the
+                U-Net's weights in parts (TensorRT); `auto` swaps where a GPU's memory is too small for all.
+            cuda: how ONNX Runtime's CUDA provider is used, where it is.
+            host: what its engines share; `EngineHost(lanes=4)` lets four threads run them at the same time.
+            loras: of the bundle (`latentrt lora add`), by name, with scales or each with its own.
 
         Raises:
             ArtifactError: the bundle or a file of it is missing, damaged or changed.
-            UsageError: the bundle lacks that precision, or no such backend.
+            UsageError: the bundle lacks that precision or LoRA, no such backend or policy, or not together.
             ConfigError: a config holds what is not supported.
             BackendError: the backend cannot be used here.
         """
-        components = Components.open(path, precision, backend=backend, verify=verify)
+        components = Components.open(
+            path, precision, backend=backend, verify=verify, residency=residency, cuda=cuda, host=host, loras=loras
+        )
         bundle = components.bundle
         schedules = read_schedules(bundle)
         inversions = [
@@ -101,6 +117,27 @@ class Pipeline:
             components[component]
         return cls(name=bundle.manifest.name if bundle.manifest else bundle.path.name, model=model)
 
+    def with_loras(self, loras: Wanted) -> Pipeline:
+        """The pipeline with other LoRAs in the place of its own; with none, as the bundle has its networks.
+
+        Its networks go over: draw with the result from now on, and not with this one. Those that do not change stay
+        open; the others are opened again with ONNX Runtime, and refitted where they run from engines built for it
+        (`latentrt build --refit lora`). No run may be under way.
+
+        Args:
+            loras: of the bundle, by name, with scales or each with its own.
+
+        Raises:
+            UsageError: the bundle holds none of that name, a scale is not finite, or an engine takes no new weights.
+            ArtifactError: a LoRA is damaged, or was added for another model.
+            BackendError: the backend failed.
+        """
+        model = self.model
+        changed = model.components.set_loras(loras)
+        if changed <= {"unet"}:
+            return self
+        return replace(self, model=replace(model, prompt_encoder=model.components.prompt_encoder(model.inversions)))
+
     @property
     def precision(self) -> str:
         """Of the run; `precisions` says which of the networks differ."""
@@ -115,6 +152,26 @@ class Pipeline:
     def backend(self) -> str:
         """Which backend runs the U-Net, for people."""
         return self.model.components["unet"].backend
+
+    @property
+    def residency(self) -> str:
+        """How networks share the memory: `all`, `swap` or `stream`."""
+        return self.model.components.residency
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not as it was to be, and why, for people: a GPU that is not used, a network that is not recorded."""
+        return self.model.components.notes()
+
+    def close(self) -> None:
+        """Give back what its networks hold, when the runs under way are done. It cannot draw afterwards."""
+        self.model.components.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __call__(
         self,
@@ -146,6 +203,29 @@ class Pipeline:
                 return result
             if on_step is not None:
                 on_step(step)
+
+    def warm_up(
+        self, *, width: int | None = None, height: int | None = None, batch: int = 1, guidance: float | None = None
+    ) -> None:
+        """Have all ready for pictures of a size: networks loaded, kernels compiled, CUDA graphs captured.
+
+        Draws one step and drops the picture. Guided and unguided runs are different calls of the U-Net; so are prompts
+        of more than 75 tokens, which are not warmed up.
+
+        Raises:
+            UsageError: no such size, or no engine holds it.
+            BackendError: as a call.
+        """
+        self(
+            "",
+            width=width,
+            height=height,
+            batch=batch,
+            guidance=guidance,
+            steps=1,
+            sampler="euler",
+            safety_checker=False,
+        )
 
     def stream(
         self, prompt: Text | Sequence[Text] | Request, *, deadline: float | None = None, **settings: Any
@@ -224,12 +304,14 @@ class Pipeline:
         first: Pass,
         seconds: dict[str, float],
     ) -> Result:
+        loras = self.model.components.loras
         return Result(
             images=images,
             latents=latents,
             seeds=tuple(picture_seeds(request)[0]),
             parameters=tuple(
-                infotext(request, first.plan, index, size=first.size, model=self.name) for index in range(len(latents))
+                infotext(request, first.plan, index, size=first.size, model=self.name, loras=loras)
+                for index in range(len(latents))
             ),
             records=picture_records(self.model, request, images, self.name),
             seconds=seconds,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .backends import choose_graph, provider_of
 from .bundle import Bundle
 from .embedding_cache import EmbeddingCache
-from .session import checked_feeds
+from .input_checks import checked_feeds
 from .specs import Array, ModelSpec, Session
 
 PROMPT, CACHED = "unet_prompt", "unet_cached"
@@ -69,6 +69,11 @@ class SplitUnet:
         key = (text.shape, hashlib.sha256(text.data).digest())
         keys = self._kept.get(key, lambda: _Keys(self._prompt({_TEXT: text})))
         return self._cached({**rest, **keys.feeds})
+
+    def close(self) -> None:
+        """Close both."""
+        self._prompt.close()
+        self._cached.close()
 
 
 def runs_split(bundle: Bundle, precision: str, *, backend: str) -> bool:

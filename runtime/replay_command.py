@@ -56,6 +56,7 @@ def replay(
         precision=precision or recorded(record, "precision"),
         backend=backend,
         textual_inversions=embedding or (),
+        loras={note["name"]: note["scale"] for note in recorded(record, "loras") or ()},
     )
     result = pipe(request)
     if output is not None:
@@ -78,10 +79,13 @@ def _differences(record: dict[str, Any], pipe: Any, digest: str | None) -> dict[
     """What is not as it was when the picture was made."""
     from importlib.metadata import version
 
+    from .lora_weights import lora_notes
+
     found = {
         "latentrt": version("latentrt"),
         "bundle": digest,
         "textual_inversions": {item.names[0]: item.sha256 for item in pipe.model.inversions},
+        "loras": lora_notes(pipe.model.components.loras),
         "precision": pipe.precision,
         "backend": pipe.backend,
     }

@@ -12,6 +12,7 @@ from .noise import NoiseSource, batch_noise, batch_seeds
 from .opened_model import Model
 from .pixels import load_image, load_mask, to_sample
 from .request import Request
+from .residency import held
 from .sampler_names import resolve_sampler, resolve_schedule
 from .sampling_plan import SamplingPlan, plan_sampling
 from .start_latents import (
@@ -173,7 +174,9 @@ def start_run(
         return Start(from_noise(plan, shape, noise, given)), ended(plan)
 
     def encode(sample: Floats) -> LatentDistribution:
-        return encode_sample(model.components["vae_encoder"], sample, tiling=model.tiling(request, size))
+        encoder = model.components["vae_encoder"]
+        with held(encoder):
+            return encode_sample(encoder, sample, tiling=model.tiling(request, size))
 
     picture = load_image(request.image, size=size)
     if facts.is_editing:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .errors import BackendError
 
 Array = NDArray[np.generic]
 
@@ -48,5 +50,33 @@ class Session(Protocol):
         ...
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once on whole arrays; outputs by name."""
+        """Run once on whole arrays; outputs by name. Safe to call from several threads."""
         ...
+
+    def close(self) -> None:
+        """Give back all that it holds on its device, when the calls under way are done. Closing again does nothing."""
+        ...
+
+
+@runtime_checkable
+class Noting(Protocol):
+    """A session that may have to run otherwise than it was to."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What it does otherwise, and why, for people."""
+        ...
+
+
+@runtime_checkable
+class Refittable(Protocol):
+    """A session whose weights can be replaced while it is open."""
+
+    def refit(self, weights: Mapping[str, Array]) -> None:
+        """Replace weights, by the names of the graph's initializers and as the graph has them."""
+        ...
+
+
+def closed_error(component: str) -> BackendError:
+    """What a session raises when it is used after `close`."""
+    return BackendError(f"{component}: expected an open session, got one that was closed. Open it again.")

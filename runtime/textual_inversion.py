@@ -9,9 +9,7 @@ a prompt holds the word.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +18,9 @@ from numpy.typing import NDArray
 
 from .errors import ArtifactError, UsageError
 from .onnx_table import find_token_table, graph_with_rows, read_rows
+from .safetensors import open_safetensors
 from .session import OnnxSession
+from .specs import Session
 from .text_encoding import TextEncoder
 
 _PICKLES = (".pt", ".bin", ".pth", ".ckpt", ".pkl")
@@ -59,31 +59,6 @@ class TextualInversion:
         return held
 
 
-def _read_safetensors(path: Path, content: bytes) -> dict[str, NDArray[np.float32]]:
-    """Tensors as float32. The format: a length, a JSON header, the data; nothing in it is executed."""
-    tensors = {}
-    try:
-        size = int.from_bytes(content[:8], "little")
-        data = memoryview(content)[8 + size :]
-        header = json.loads(content[8 : 8 + size])
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, stop = entry["data_offsets"]
-            shape = tuple(int(axis) for axis in entry["shape"])
-            kind = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}[entry["dtype"]]
-            if not 0 <= start <= stop <= len(data) or math.prod(shape) * np.dtype(kind).itemsize != stop - start:
-                raise ValueError(f"{name} of shape {shape} in bytes {start} to {stop} of {len(data)}")
-            value = np.frombuffer(data[start:stop], dtype=kind).reshape(shape)
-            if entry["dtype"] == "BF16":  # the upper half of a float32
-                value = (value.astype(np.uint32) << 16).view(np.float32)
-            with np.errstate(over="ignore"):
-                tensors[str(name)] = value.astype(np.float32)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as err:
-        raise ArtifactError(f"{path}: expected a safetensors file of floats, got {err!r}. Copy it again.") from err
-    return tensors
-
-
 def load_textual_inversion(path: str | Path, *, name: str | None = None) -> TextualInversion:
     """Read a textual inversion from a .safetensors file.
 
@@ -107,7 +82,7 @@ def load_textual_inversion(path: str | Path, *, name: str | None = None) -> Text
         content = path.read_bytes()
     except OSError as err:
         raise ArtifactError(f"{path}: expected a textual inversion, got {err.strerror}. Check the path.") from err
-    tensors = _read_safetensors(path, content)
+    tensors = {key: tensor.read() for key, tensor in open_safetensors(path, content).tensors.items()}
     names: tuple[str, ...] = (path.stem,)
     if tensors and set(tensors) <= {"clip_l", "clip_g"}:
         tables = tensors
@@ -140,8 +115,8 @@ def with_textual_inversions(
     inversions: Sequence[TextualInversion],
     *,
     component: str = "text_encoder",
-    providers: Sequence[str] = ("CPUExecutionProvider",),
     threads: int = 0,
+    open_session: Callable[[bytes], Session] | None = None,
 ) -> TextEncoder:
     """A text encoder that also knows these words; it runs with ONNX Runtime, whatever ran the one given.
 
@@ -152,6 +127,8 @@ def with_textual_inversions(
         encoder: without textual inversions of its own from an earlier call: give all of them at once.
         graph: its .onnx file.
         component: `text_encoder` or `text_encoder_2`, which decides between `clip_l` and `clip_g`.
+        threads: of a session on the CPU, and
+        open_session: makes another than that, from the bytes of the graph with the words added.
 
     Raises:
         UsageError: an inversion's width is not the encoder's, it has more vectors than a chunk has room for, or two
@@ -187,5 +164,5 @@ def with_textual_inversions(
         eos_row = first
         rows.append(read_rows(table, np.array([tokenizer.eos])))
     extended = graph_with_rows(table, np.concatenate(rows)) if rows else graph.read_bytes()
-    session = OnnxSession(graph, providers=providers, threads=threads, model=extended)
+    session = open_session(extended) if open_session else OnnxSession(graph, threads=threads, model=extended)
     return replace(encoder, session=session, tokenizer=tokenizer, words=words, eos_row=eos_row)

@@ -12,10 +12,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from latentrt.export import engine_making
+from latentrt.export.engine_builder import BuiltEngine, build_engine
+from latentrt.export.engine_config import EngineConfig
 from latentrt.runtime.manifest import Artifact, Manifest, key_of, record_of, save_manifest
 
+_BUILT: dict[str, BuiltEngine] = {}
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 
 
@@ -115,3 +120,17 @@ def make_bundle(folder: Path, unet: Any | None = None) -> Path:
         manifest = dataclasses.replace(manifest, files={**manifest.files, name: record_of(folder / name)})
     save_manifest(folder, manifest)
     return folder
+
+
+def build_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the engine of a component that was built first be the result of every later build, whatever the config.
+
+    For tests of where engines go, not of what is in them.
+    """
+
+    def build(trt: Any, graph: Path, config: EngineConfig, **kwargs: Any) -> BuiltEngine:
+        if config.component not in _BUILT:
+            _BUILT[config.component] = build_engine(trt, graph, config, **kwargs)
+        return dataclasses.replace(_BUILT[config.component], config=config)
+
+    monkeypatch.setattr(engine_making, "build_engine", build)

@@ -1,19 +1,29 @@
-"""LoRA files in every trainer's format, of one LoRA: low-rank changes of a pipeline's modules."""
+"""LoRA files in every trainer's format, of one LoRA, and diffusers as their judge: low-rank changes of modules."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from latentrt.export.checkpoint_parts import Part
+from latentrt.export.networks import libraries_quiet
+from latentrt.export.weights import of_array
+
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+CLASSES = {
+    "sd15": "StableDiffusionPipeline",
+    "sd21": "StableDiffusionPipeline",
+    "sdxl_base": "StableDiffusionXLPipeline",
+}
 ATTENTION = r"(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)|self_attn\.(q|k|v|out)_proj|mlp\.fc[12])$"
 PROJECTIONS = r"attentions\.\d+\.proj_(in|out)$"
 EVERYTHING = r"(?<!final_layer_norm)$"
@@ -29,6 +39,7 @@ class Factors:
     magnitude: torch.Tensor | None = None
 
 
+Weights = Mapping[str, np.ndarray[Any, Any]]
 LoraFactors = Mapping[str, Mapping[str, Factors]]
 
 
@@ -156,3 +167,46 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], **metadata: Any) -> P
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=texts)
     return path
+
+
+def load_pipeline(family: str, path: Path) -> Any:
+    """A fresh diffusers pipeline of a family, in float32."""
+    with libraries_quiet():
+        import diffusers
+
+        return getattr(diffusers, CLASSES[family]).from_pretrained(path, local_files_only=True, safety_checker=None)
+
+
+def parts_of(pipeline: Any, dtype: torch.dtype = torch.float32) -> dict[str, Part]:
+    """The networks that a LoRA may change."""
+    networks = {name: getattr(pipeline, name, None) for name in COMPONENTS}
+    return {
+        name: Part(
+            name=name,
+            origin=Path(name),
+            config=dict(network.config) if name == "unet" else network.config.to_dict(),
+            model_class=type(network).__name__,
+            weights={key: of_array(value.to(dtype).clone().numpy()) for key, value in network.state_dict().items()},
+            files={},
+        )
+        for name, network in networks.items()
+        if network is not None
+    }
+
+
+def reference(pipeline: Any, files: Sequence[tuple[Path, float]]) -> dict[str, Weights]:
+    """The networks' weights after diffusers has fused the files, in turn."""
+    with libraries_quiet():
+        for path, scale in files:
+            pipeline.load_lora_weights(path.parent, weight_name=path.name)
+            pipeline.fuse_lora(lora_scale=scale)
+            pipeline.unload_lora_weights()
+    return {
+        name: {key: value.numpy() for key, value in network.state_dict().items()}
+        for name in COMPONENTS
+        if (network := getattr(pipeline, name, None)) is not None
+    }
+
+
+def distance(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
+    return float(np.linalg.norm(found.astype(np.float64) - wanted) / np.linalg.norm(wanted.astype(np.float64)))

@@ -13,19 +13,33 @@ from _thread import interrupt_main
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engine_bundle import FLOAT, decoder_graph, make_bundle, put_graph, unet_graph
+from engine_bundle import FLOAT, build_once, decoder_graph, make_bundle, put_graph, unet_graph
 
-from latentrt.export import engine_store
+from latentrt.export import engine_jobs, engine_store, lora_bundle
 from latentrt.export.engine_builder import build_engine
+from latentrt.export.engine_config import EngineConfig
 from latentrt.export.engine_jobs import BuildOptions, build_engines
+from latentrt.export.engine_making import EngineJob
 from latentrt.export.engine_memory import planned_vram
+from latentrt.runtime.cache_folder import VARIABLE
+from latentrt.runtime.cli import main
 from latentrt.runtime.engine_sidecar import ShapeProfile, read_sidecar
 from latentrt.runtime.errors import ArtifactError, BuildError, UsageError
-from latentrt.runtime.machine import Machine, probe_machine
-from latentrt.runtime.manifest import Manifest, check_files, load_manifest, sha256_of, update_manifest, write_scratch
+from latentrt.runtime.machine import Gpu, Machine, probe_machine
+from latentrt.runtime.manifest import (
+    Manifest,
+    changed_inputs,
+    check_files,
+    load_manifest,
+    record_of,
+    sha256_of,
+    update_manifest,
+    write_scratch,
+)
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'latentrt[tensorrt-rtx]'")
 
@@ -42,6 +56,13 @@ def engine_files(bundle: Path) -> list[str]:
     return sorted(path.name for folder in bundle.glob("*/engines") for path in folder.iterdir())
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Engines of one test are not taken over by the next."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     return make_bundle(tmp_path / "bundle")
@@ -51,6 +72,7 @@ def test_every_component_for_every_target_with_sidecars_and_hashes(bundle: Path)
     results = build(bundle, target="sm86,sm89+sm120", components=None)
     manifest = load_manifest(bundle)
     check_files(bundle, manifest, manifest.files)
+    assert {result.reason for result in results} == {None}  # none is compared with its neighbours
     made = [(r.sidecar.component, r.sidecar.targets) for r in results]
     assert sorted(made) == sorted((e.component, e.targets) for e in manifest.engines)
     assert len(made) == 6
@@ -60,6 +82,10 @@ def test_every_component_for_every_target_with_sidecars_and_hashes(bundle: Path)
         assert sidecar.engine_sha256 == sha256_of(bundle / record.path)
         assert sidecar.engine_bytes == (bundle / record.path).stat().st_size > 10_000
         assert sidecar.key.startswith(Path(record.path).stem)
+        report = (bundle / record.path).with_name(str(sidecar.layer_report))
+        assert report.name == f"{Path(record.path).stem}.layers.json"
+        assert json.loads(report.read_text())
+        assert report.relative_to(bundle).as_posix() in manifest.files
         assert sidecar.gpu_name is None
         assert sidecar.precisions.share("Half") == 1.0
         assert sidecar.activation_bytes is not None
@@ -77,7 +103,7 @@ def test_the_figures_of_a_known_graph(bundle: Path) -> None:
     assert 2 * 1088 <= sidecar.weight_bytes < 2 * 1088 + 2048
     rows = 8
     assert sidecar.tensor_bytes == 4 * (2 * rows * 4 * 16 * 16 + rows + rows * 77 * 64)
-    assert sidecar.profiles["sample"] == ShapeProfile((1, 4, 8, 8), (2, 4, 8, 8), (8, 4, 16, 16))
+    assert sidecar.profiles[0]["sample"] == ShapeProfile((1, 4, 8, 8), (2, 4, 8, 8), (8, 4, 16, 16))
     assert [tensor.dtype for tensor in (*sidecar.inputs, *sidecar.outputs)] == ["float32"] * 4
 
 
@@ -98,7 +124,7 @@ def test_an_unchanged_engine_is_kept_and_a_change_is_named(bundle: Path) -> None
     (other,) = build(bundle, workspace_mib=64)
     assert (other.built, other.changed) == (True, ("options.workspace_mib",))
     (wider,) = build(bundle, batch="1..8")
-    assert wider.changed == tuple(f"profiles.{n}.max" for n in ("encoder_hidden_states", "sample", "timestep"))
+    assert wider.changed == tuple(f"profiles.0.{n}.max" for n in ("encoder_hidden_states", "sample", "timestep"))
     assert len(load_manifest(bundle).engines) == 3
     (forced,) = build(bundle, force=True)
     assert (forced.built, forced.path) == (True, first.path)
@@ -113,22 +139,67 @@ def test_a_new_graph_is_built_and_the_engine_of_the_old_one_goes(bundle: Path) -
     assert second.changed == ("onnx.unet/model.fp16.onnx",)
     assert second.dropped == (first.path,)
     assert engine_files(bundle) == sorted(
-        Path(path).with_suffix(suffix).name for path in (second.path, decoder.path) for suffix in (".engine", ".json")
+        Path(path).with_suffix(suffix).name
+        for path in (second.path, decoder.path)
+        for suffix in (".engine", ".json", ".layers.json")
     )
     manifest = load_manifest(bundle)
     check_files(bundle, manifest, manifest.files)
 
 
-@pytest.mark.parametrize("suffix", [".engine", ".json"])
-def test_a_damaged_engine_is_built_again(bundle: Path, suffix: str) -> None:
-    (first,) = build(bundle)
-    path = (bundle / first.path).with_suffix(suffix)
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _edit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    (again,) = build(bundle)
-    assert again.built
+
+
+@pytest.mark.parametrize("damage", [_truncate, _edit, Path.unlink])
+@pytest.mark.parametrize("suffix", [".engine", ".json", ".layers.json"])
+def test_a_damaged_engine_is_reported_by_verify_and_built_again(
+    bundle: Path,
+    suffix: str,
+    damage: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    build_once(monkeypatch)
+    options = dataclasses.replace(UNET, components=("vae_decoder",), cache="off")
+    (first,) = build(bundle, options)
+    path = (bundle / first.path).with_suffix(suffix)
+    damage(path)
+    assert main(["verify", str(bundle), "--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem.startswith(f"{path}: expected ")
+    (again,) = build(bundle, options)
+    assert (again.built, again.changed) == (True, (problem,))
     check_files(bundle, load_manifest(bundle), load_manifest(bundle).files)
+
+
+def test_what_an_older_latentrt_built_is_kept_and_read(bundle: Path) -> None:
+    """A sidecar of version 1, and no layer report."""
+    (first,) = build(bundle)
+    path = bundle / first.path
+    old = json.loads(path.with_suffix(".json").read_text())
+    old |= {"sidecar_version": 1, "profiles": old["profiles"][0]}
+    for name in ("layer_report", "attempts", "flops", "refit", "refittable", "stripped", "compatibility"):
+        del old[name]
+    path.with_suffix(".layers.json").unlink()
+    path.with_suffix(".json").write_text(json.dumps(old))
+
+    def change(manifest: Manifest) -> Manifest:
+        files = {name: file for name, file in manifest.files.items() if not name.endswith(".layers.json")}
+        side = first.path.replace(".engine", ".json")
+        return dataclasses.replace(manifest, files={**files, side: record_of(bundle / side)})
+
+    update_manifest(bundle, change)
+    (again,) = build(bundle)
+    assert not again.built
+    assert again.sidecar.profiles == first.sidecar.profiles
+    assert again.sidecar.layer_report is None
 
 
 def test_a_changed_byte_in_the_graph_is_named_before_anything_is_built(bundle: Path) -> None:
@@ -169,6 +240,69 @@ def test_graphs_beside_those_of_text_to_image_are_built_only_when_asked_for(bund
     assert [result.sidecar.component for result in results] == ["text_encoder", "unet", "vae_decoder"]
     with pytest.raises(UsageError, match=f"found .*{', '.join(others)}"):
         build(bundle, components=("taesd_decoder",))
+
+
+def planned(bundle: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, EngineJob]:
+    """The jobs of a build that is not run, by component."""
+    jobs: list[EngineJob] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_jobs, "make_engine", lambda shop, job, asked: jobs.append(job))
+        patch.setattr(engine_jobs, "check_supported", lambda trt, config: None)
+        build(bundle, components=None, **changes)
+    return {job.config.component: job for job in jobs}
+
+
+def test_every_option_reaches_the_config_and_the_key(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = planned(bundle, monkeypatch)["unet"]
+    options: dict[str, Any] = {
+        "workspace_mib": 64,
+        "optimization_level": 1,
+        "version_compatible": True,
+        "hardware_compatibility": "ampere_plus",
+        "tiling": "fast",
+        "weight_streaming": True,
+        "narrow": True,
+        "strip": True,
+        "refit": "all",
+    }
+    for name, value in options.items():
+        job = planned(bundle, monkeypatch, **{name: value})["unet"]
+        assert getattr(job.config, name) == value
+        assert job.key != plain.key
+    other = planned(bundle, monkeypatch, timing_cache=str(bundle / "timings"))["unet"]
+    assert (other.config.timing_cache, other.key) == (bundle / "timings", plain.key)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_jobs, "BUILDER_REVISION", 99)
+        assert planned(bundle, monkeypatch)["unet"].key != plain.key
+
+
+def test_refit_for_loras_is_of_the_weights_that_they_change(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = {"unet": ("to_k.weight",)}
+    monkeypatch.setattr(lora_bundle, "lora_targets", lambda opened, component, precision: targets.get(component, ()))
+    jobs = planned(bundle, monkeypatch, refit="lora")
+    assert {name: (job.config.refit, job.config.refittable) for name, job in jobs.items()} == {
+        "text_encoder": ("none", ()),
+        "unet": ("individual", ("to_k.weight",)),
+        "vae_decoder": ("none", ()),
+    }
+    with pytest.raises(UsageError, match="refit: expected none, lora or all, got 'individual'"):
+        build(bundle, refit="individual")
+
+
+def test_full_tensorrts_engines_belong_to_one_model_of_gpu(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = SimpleNamespace(__name__="tensorrt", __version__="11.4.0.17")
+    monkeypatch.setattr(engine_jobs, "choose_flavour", lambda *_: ("tensorrt", library))
+    jobs = []
+    for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"):
+        gpu = Gpu(name, "sm90", 10**11)
+        monkeypatch.setattr(sys.modules[__name__], "NO_GPU", Machine(gpus=(gpu,), platform="linux_x86_64"))
+        jobs.append(planned(bundle, monkeypatch, target="sm90")["unet"])
+    assert changed_inputs(jobs[0].made_from, jobs[1].made_from) == ["gpu_name"]
+    assert [path.name for job in jobs if (path := job.config.timing_cache)] == [
+        "11.4.0.17-NVIDIA-H200.bin",
+        "11.4.0.17-NVIDIA-H100-80GB-HBM3.bin",
+    ]
+    assert planned(bundle, monkeypatch, target="sm90", timing_cache="off")["unet"].config.timing_cache is None
 
 
 def test_what_the_parser_refuses_is_said_with_the_node(tmp_path: Path) -> None:
@@ -326,10 +460,5 @@ def test_a_builder_that_fails_gives_its_log(bundle: Path) -> None:
     profiles = {"sample": ShapeProfile((1, 4, 8, 8), (1, 4, 8, 8), (1, 4, 8, 8))}
     with pytest.raises(BuildError, match=r"unet: the builder .*timestep"):
         build_engine(
-            tensorrt_rtx,
-            bundle / "unet/model.fp16.onnx",
-            component="unet",
-            precision="fp16",
-            targets=("sm89",),
-            profiles=profiles,
+            tensorrt_rtx, bundle / "unet/model.fp16.onnx", EngineConfig("unet", "fp16", (profiles,), ("sm89",))
         )

@@ -4,7 +4,7 @@ from _thread import interrupt_main
 
 import pytest
 
-from latentrt.export.engine_builder import Abandoned, run_cancellable
+from latentrt.export.engine_cancel import Abandoned, run_cancellable
 from latentrt.export.engine_log import PhaseStack
 
 

@@ -13,7 +13,7 @@ import lora_files
 import numpy as np
 import pytest
 import torch
-from lora_files import EVERYTHING, PROJECTIONS, kohya, peft, random_lora, scaled, write
+from lora_files import EVERYTHING, PROJECTIONS, distance, kohya, parts_of, peft, random_lora, reference, scaled, write
 
 from latentrt.export.checkpoint_parts import Part
 from latentrt.export.ldm_names import unet_names
@@ -21,73 +21,24 @@ from latentrt.export.lora import fused
 from latentrt.export.lora_file import read_lora
 from latentrt.export.networks import libraries_quiet
 from latentrt.export.unet_structure import diffusers_structure
-from latentrt.export.weights import Weight, of_array
+from latentrt.export.weights import Weight
 
-CLASSES = {
-    "sd15": "StableDiffusionPipeline",
-    "sd21": "StableDiffusionPipeline",
-    "sdxl_base": "StableDiffusionXLPipeline",
-}
-FAMILIES = tuple(CLASSES)
+FAMILIES = tuple(lora_files.CLASSES)
 
 Pipelines = Callable[[str], Any]
-Weights = Mapping[str, np.ndarray[Any, Any]]
 
 
 @pytest.fixture(scope="module")
 def pipeline(family_sources: Callable[[str], Any]) -> Pipelines:
     """A fresh diffusers pipeline of a family, in float32."""
 
-    def load(family: str) -> Any:
-        with libraries_quiet():
-            import diffusers
-
-            return getattr(diffusers, CLASSES[family]).from_pretrained(
-                family_sources(family).path, local_files_only=True, safety_checker=None
-            )
-
-    return load
-
-
-def parts_of(pipeline: Any, dtype: torch.dtype = torch.float32) -> dict[str, Part]:
-    """The networks that a LoRA may change."""
-    networks = {name: getattr(pipeline, name, None) for name in lora_files.COMPONENTS}
-    return {
-        name: Part(
-            name=name,
-            origin=Path(name),
-            config=dict(network.config) if name == "unet" else network.config.to_dict(),
-            model_class=type(network).__name__,
-            weights={key: of_array(value.to(dtype).clone().numpy()) for key, value in network.state_dict().items()},
-            files={},
-        )
-        for name, network in networks.items()
-        if network is not None
-    }
-
-
-def reference(pipeline: Any, files: Sequence[tuple[Path, float]]) -> dict[str, Weights]:
-    """The networks' weights after diffusers has fused the files, in turn."""
-    with libraries_quiet():
-        for path, scale in files:
-            pipeline.load_lora_weights(path.parent, weight_name=path.name)
-            pipeline.fuse_lora(lora_scale=scale)
-            pipeline.unload_lora_weights()
-    return {
-        name: {key: value.numpy() for key, value in network.state_dict().items()}
-        for name in lora_files.COMPONENTS
-        if (network := getattr(pipeline, name, None)) is not None
-    }
+    return lambda family: lora_files.load_pipeline(family, family_sources(family).path)
 
 
 def folded(parts: Mapping[str, Part], files: Sequence[tuple[Path, float]]) -> Mapping[str, Part]:
     for path, scale in files:
         parts = fused(parts, read_lora(path), scale=scale)
     return parts
-
-
-def distance(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
-    return float(np.linalg.norm(found.astype(np.float64) - wanted) / np.linalg.norm(wanted.astype(np.float64)))
 
 
 def check(

@@ -14,11 +14,11 @@ from safetensors.numpy import save_file
 
 from latentrt.export.checkpoint_parts import Part
 from latentrt.export.lora import fused
-from latentrt.export.lora_delta import Delta, delta_of, fits
 from latentrt.export.lora_file import read_lora
 from latentrt.export.lora_names import place_of
 from latentrt.export.weights import of_array
 from latentrt.runtime.errors import ArtifactError, UsageError
+from latentrt.runtime.lora_delta import Delta, delta_of, fits
 
 WIDTH, TEXT = 8, 768
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"

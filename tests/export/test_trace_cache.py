@@ -20,6 +20,7 @@ from latentrt.export.graph_builder import components_of
 from latentrt.export.to_onnx import graph_key
 from latentrt.export.tool_versions import tool_versions
 from latentrt.export.trace_cache import cached, default_cache
+from latentrt.runtime.cache_folder import VARIABLE
 from latentrt.runtime.manifest import key_of
 
 INPUTS = {"component": "unet", "tools": {"torch": "2"}}
@@ -182,9 +183,9 @@ def test_the_weights_have_no_part_in_the_key(tiny_networks: dict[str, Any]) -> N
 
 
 def test_the_folder_is_the_users_unless_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(trace_cache.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
     assert default_cache() == tmp_path / "graphs"
-    monkeypatch.delenv(trace_cache.VARIABLE)
+    monkeypatch.delenv(VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache().name == "graphs"
     if os.name == "posix" and sys.platform != "darwin":

@@ -166,6 +166,10 @@ class Watched:
         outputs = self._session(feeds)
         return outputs if self._change is None else self._change(len(self.feeds) - 1, outputs)
 
+    def close(self) -> None:
+        """Close the session."""
+        self._session.close()
+
 
 @contextmanager
 def watched(

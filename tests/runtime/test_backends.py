@@ -4,17 +4,19 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
-from latentrt.runtime import backends
+from latentrt.runtime import backends, onnx_cuda
 from latentrt.runtime.backends import choose_graph, open_session
 from latentrt.runtime.bundle import Bundle, open_bundle, pipeline_files
 from latentrt.runtime.components import Components
 from latentrt.runtime.doctor import examine
-from latentrt.runtime.errors import ArtifactError, UsageError
+from latentrt.runtime.errors import ArtifactError, BackendError, UsageError
 from latentrt.runtime.manifest import Artifact, Manifest, load_manifest, record_of, save_manifest
+from latentrt.runtime.onnx_cuda import CudaOptions
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
 GRAPH = '<ir_version: 10, opset_import: ["" : 20]> g (float[b, 2] {name}) => (float[b, 2] y) {{ y = Identity({name}) }}'
@@ -60,13 +62,36 @@ def test_without_one_it_takes_the_graph_for_every_runtime(bundle: Path) -> None:
 
 
 def test_cuda_takes_its_own(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[tuple[str, tuple[str, ...]]] = []
-    monkeypatch.setattr(backends, "OnnxSession", lambda path, providers: opened.append((path.name, providers)))
-    open_session(open_bundle(bundle), "unet", "fp16", backend="cuda")
-    assert opened == [("model.fp16.cuda.onnx", ("CUDAExecutionProvider", "CPUExecutionProvider"))]
+    opened: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(backends, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(backends, "OnnxSession", lambda path, **given: opened.append((path.name, given)))
+    large = CudaOptions(gives_back=False)
+    for component, cuda in (("unet", None), ("vae_decoder", None), ("vae_decoder", large)):
+        open_session(open_bundle(bundle), component, "fp16", backend="cuda", cuda=cuda)
+    assert [name for name, _ in opened] == ["model.fp16.cuda.onnx"] * 3
+    assert {given["providers"] for _, given in opened} == {("CUDAExecutionProvider", "CPUExecutionProvider")}
+    assert [given["arena"] for _, given in opened] == [True, False, True], "what runs once gives its memory back"
     choice = choose_graph(open_bundle(bundle), "unet", "fp32", backend="cuda")
     assert choice.target == ""
     assert choice.reason.endswith(f"Run: latentrt optimize {bundle} --target cuda")
+
+
+def test_a_gpu_that_cannot_be_used_is_an_error_if_it_was_asked_for(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a remark if it was not."""
+    why = "the CUDA provider is installed, but no NVIDIA driver: libcuda.so.1 is not installed"
+    for module in (backends, onnx_cuda):
+        monkeypatch.setattr(module, "why_no_cuda", lambda: why)
+    monkeypatch.setattr(onnx_cuda, "PROVIDER", "CPUExecutionProvider")  # as if this build had it
+    with pytest.raises(BackendError, match=f"backend cuda: expected a GPU that ONNX Runtime can use, but {why}"):
+        open_session(open_bundle(bundle), "unet", "fp16", backend="cuda")
+    components = Components(open_bundle(bundle), "fp32", backend="auto")
+    assert components["unet"].backend == "onnxruntime CPU"
+    assert components.notes() == (f"onnxruntime runs on the CPU: {why}",)
+    asked = Components(open_bundle(bundle), "fp32", backend="onnxruntime")
+    assert asked["unet"].backend == "onnxruntime CPU"
+    assert asked.notes() == ()
 
 
 def test_a_folder_without_a_manifest_holds_one_graph(bundle: Path) -> None:

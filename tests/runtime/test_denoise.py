@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from latentrt.runtime import BackendError, ModelSpec, Pipeline, TensorSpec, to_uint8
+from latentrt.runtime.bound_inputs import is_frozen
 from latentrt.runtime.conditioning import Rows
-from latentrt.runtime.denoise import Denoiser
+from latentrt.runtime.denoise import ActiveControl, Denoiser
 from latentrt.runtime.guidance import Guidance
 from latentrt.runtime.sampler_loop import Evaluation
 from latentrt.runtime.specs import Array
@@ -31,6 +32,9 @@ class FakeUnet:
         self.calls.append(dict(feeds))
         context = feeds["encoder_hidden_states"].astype(np.float32).mean((1, 2))
         return {"out_sample": self.value * feeds["sample"].astype(np.float32) * context[:, None, None, None]}
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
 def evaluation(rows: int = 2) -> Evaluation:
@@ -97,6 +101,17 @@ def test_guidance_of_1_and_below_is_off(shapes_bundle: Path, guidance: float, ro
     pipe.model.components._open["unet"] = unet
     pipe("a red circle", sampler="Euler", steps=2, guidance=guidance)
     assert {call["sample"].shape[0] for call in unet.calls} == {rows}
+
+
+def test_a_controls_picture_is_the_same_array_at_every_step() -> None:
+    """So that a session need not copy it again."""
+    pictures = np.random.default_rng(2).random((2, 3, 8, 8), np.float32)
+    control = ActiveControl(FakeUnet(), pictures, 1.0, 0.0, 1.0)
+    rows = control.rows(np.array([0, 1, 0, 1]))
+    assert control.rows(np.array([0, 1, 0, 1])) is rows
+    assert is_frozen(rows)
+    np.testing.assert_array_equal(rows, np.concatenate([pictures, pictures]))
+    np.testing.assert_array_equal(control.rows(np.array([1])), pictures[1:])
 
 
 @pytest.mark.parametrize(("shape", "wanted"), [((), ()), ((1,), (1,)), (("batch",), (2,))])

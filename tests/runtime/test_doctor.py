@@ -120,24 +120,37 @@ def test_any_probe_may_fail_in_any_way_and_becomes_a_line(
     capsys.readouterr()
 
 
-def ort(*providers: str) -> Any:
-    return SimpleNamespace(__version__="1.32.0", get_available_providers=lambda: list(providers))
+def ort(offered: list[str], started: list[str]) -> Any:
+    """A module onnxruntime that offers providers, and that starts some of them."""
+    return SimpleNamespace(
+        __version__="1.32.0",
+        get_available_providers=lambda: [f"{name}ExecutionProvider" for name in offered],
+        InferenceSession=lambda *args, **options: SimpleNamespace(
+            get_providers=lambda: [f"{name}ExecutionProvider" for name in started]
+        ),
+    )
 
 
 @pytest.mark.parametrize(
-    ("providers", "here", "cuda", "said", "remedy"),
+    ("offered", "started", "here", "cuda", "said", "remedy"),
     [
-        (["CPU"], NO_DRIVER, False, "no CUDA provider, and no NVIDIA driver", None),
-        (["CPU"], Machine(gpus=(ADA,)), False, "no CUDA provider", "pip uninstall -y onnxruntime"),
-        (["CUDA", "CPU"], NO_DRIVER, False, "installed, but no NVIDIA driver", None),
-        (["CUDA", "CPU"], Machine(gpus=(ADA,)), True, "on RTX 4090", None),
+        (["CPU"], [], NO_DRIVER, False, "no CUDA provider, and no NVIDIA driver", None),
+        (["CPU"], [], Machine(gpus=(ADA,)), False, "no CUDA provider", "pip uninstall -y onnxruntime"),
+        (["CUDA", "CPU"], ["CUDA", "CPU"], NO_DRIVER, False, "installed, but no NVIDIA driver", None),
+        (["CUDA", "CPU"], ["CUDA", "CPU"], Machine(gpus=(ADA,)), True, "on RTX 4090", None),
+        (["CUDA", "CPU"], ["CPU"], Machine(gpus=(ADA,)), False, "does not find the libraries of CUDA", None),
     ],
 )
 def test_onnxruntime(
-    providers: list[str], here: Machine, cuda: bool, said: str, remedy: str | None, monkeypatch: pytest.MonkeyPatch
+    offered: list[str],
+    started: list[str],
+    here: Machine,
+    cuda: bool,
+    said: str,
+    remedy: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    names = [f"{name}ExecutionProvider" for name in providers]
-    monkeypatch.setattr(doctor, "import_onnxruntime", lambda: ort(*names))
+    monkeypatch.setattr(doctor, "import_onnxruntime", lambda: ort(offered, started))
     on_cpu, on_cuda = onnxruntime_backends(here)
     assert on_cpu.usable
     assert on_cuda.usable == cuda
@@ -186,11 +199,20 @@ def test_tensorrt_rtx(
     here: Machine, usable: bool, said: str, remedy: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "import_flavour", lambda name: fake_rtx())
+    monkeypatch.setattr(doctor, "why_no_bindings", lambda: None)
     backend = tensorrt_backend("tensorrt_rtx", here)
     assert backend.usable == usable
     assert said in backend.detail
     assert (backend.remedy is None) == (remedy is None)
     assert (remedy or "") in (backend.remedy or "")
+
+
+def test_engines_need_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "import_flavour", lambda name: fake_rtx())
+    monkeypatch.setattr(doctor, "why_no_bindings", lambda: "it needs cuda-bindings, which is not installed")
+    backend = tensorrt_backend("tensorrt_rtx", Machine(gpus=(ADA,), packages=RTX, cuda=(13, 0)))
+    assert not backend.usable
+    assert "pip install 'cuda-bindings" in str(backend.remedy)
 
 
 def test_a_flavour_that_is_missing_or_half_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +240,7 @@ SIDECAR = EngineSidecar(
     platform="linux_x86_64",
     onnx={},
     flags=(),
-    profiles={},
+    profiles=(),
     inputs=(),
     outputs=(),
     precisions=PrecisionReadout({}, {}, ""),
@@ -238,7 +260,9 @@ def bundle(tmp_path: Path) -> Path:
     for name, content in (("g.onnx", b"graph"), ("e.engine", b"abc"), ("e.json", b"")):
         (tmp_path / name).write_bytes(content)
     graph = record_of(tmp_path / "g.onnx")
-    (tmp_path / "e.json").write_bytes(sidecar_json(dataclasses.replace(SIDECAR, onnx={"g.onnx": graph.sha256})))
+    engine = record_of(tmp_path / "e.engine")
+    sidecar = dataclasses.replace(SIDECAR, onnx={"g.onnx": graph.sha256}, engine_sha256=engine.sha256)
+    (tmp_path / "e.json").write_bytes(sidecar_json(sidecar))
     files = {name: record_of(tmp_path / name) for name in ("g.onnx", "e.engine", "e.json")}
     artifact = Artifact("unet", "fp16", "g.onnx", ("g.onnx",), 20, "", {}, {}, 0)
     record = EngineRecord("unet", "fp16", "e.engine", "e.json", "k", "tensorrt_rtx", ("sm89",))

@@ -63,6 +63,34 @@ def test_weights_stay_in_the_mapped_file(large_graph: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-3)
 
 
+def peak_bytes(path: Path, *, swapped: bool) -> int:
+    """The most memory of a fresh process that runs three networks one after the other."""
+    program = f"""
+import re, numpy as np
+from functools import partial
+from pathlib import Path
+from latentrt.runtime.residency import SwappedSession, held
+from latentrt.runtime.session import OnnxSession
+opens = partial(OnnxSession, Path({str(path)!r}), threads=1)
+networks = [SwappedSession("unet", opens) if {swapped} else opens() for _ in range(3)]
+for network in networks:
+    with held(network):
+        for _ in range(2):
+            network({{"x0": np.ones((2, {WIDTH}), np.float32)}})
+status = Path("/proc/self/status").read_text()
+print(int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read from /proc")
+def test_networks_that_are_swapped_take_the_memory_of_one(large_graph: Path) -> None:
+    weights = LAYERS * WIDTH * WIDTH * 4
+    saved = peak_bytes(large_graph, swapped=False) - peak_bytes(large_graph, swapped=True)
+    assert saved > 1.7 * weights
+
+
 def test_a_damaged_graph_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"no graph")

@@ -42,6 +42,9 @@ class Counted:
         self.calls += 1
         return {self.spec.outputs[0].name: self._function(feeds)}
 
+    def close(self) -> None:
+        """Nothing to give back."""
+
 
 def sessions() -> tuple[Counted, Counted]:
     """A prompt graph that doubles the text twice over, and a rest that adds the mean of it to the sample."""

@@ -57,6 +57,9 @@ class TorchSession:
         named |= {f"hidden_states.{n}": state for n, state in enumerate(out.hidden_states)}
         return {name: value.numpy() for name, value in named.items()}
 
+    def close(self) -> None:
+        """Nothing to give back."""
+
 
 def _model(kind: str, width: int, seed: int) -> Any:
     import torch
@@ -317,6 +320,9 @@ class _Fixed:
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         return self.outputs
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
 def test_a_graph_without_hidden_states() -> None:

@@ -61,6 +61,9 @@ def test_blending_tiles_that_agree_changes_nothing(blend: Any, height: int, widt
         def __call__(self, feeds: Any) -> Any:
             return {"sample": feeds["latent_sample"].repeat(8, axis=2).repeat(8, axis=3)}
 
+        def close(self) -> None:
+            """Nothing to give back."""
+
     latents = np.random.default_rng(0).standard_normal((1, 3, height, width)).astype(np.float32)
     tiled = decode_tiled(Enlarge(), latents, Tiling(64, blend))
     np.testing.assert_allclose(tiled, latents.repeat(8, axis=2).repeat(8, axis=3), rtol=0, atol=1e-6)
@@ -78,6 +81,9 @@ def test_smooth_leaves_neither_a_step_nor_a_crease() -> None:
         def __call__(self, feeds: Any) -> Any:
             tile = feeds["latent_sample"]
             return {"sample": np.full((1, 3, 64, 64), tile[0, 0, 0, 0] > 0, np.float32)}
+
+        def close(self) -> None:
+            """Nothing to give back."""
 
     latents = np.broadcast_to(np.arange(14, dtype=np.float32), (1, 4, 8, 14))
     row = decode_tiled(Shades(), latents, Tiling(64))[0, 0, 0]

@@ -35,6 +35,9 @@ class TorchSession:
         with torch.no_grad():
             return {self._output: self._run(torch.from_numpy(value)).numpy()}
 
+    def close(self) -> None:
+        """Nothing to give back."""
+
 
 @cache
 def shapes_vae() -> Any:

@@ -14,18 +14,32 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .weights import Weight
+from .specs import Array
 
 Floats = NDArray[np.float32]
 _Shape = tuple[int, ...]
 _EPSILON = np.finfo(np.float32).eps  # for weights that are all zero
+
+
+class Factor(Protocol):
+    """An array that is read when it is wanted, as a file holds it."""
+
+    @property
+    def shape(self) -> _Shape:
+        """Of the values."""
+        ...
+
+    @property
+    def read(self) -> Callable[[], Array]:
+        """Reads the values."""
+        ...
 
 
 class _Product(NamedTuple):
@@ -50,7 +64,7 @@ class Delta:
     """The change of one weight or bias; its factors are not yet read.
 
     Attributes:
-        factors: by role, see lora_names.
+        factors: by role: up, down, mid, diff, or the name that LyCORIS has for it.
         alpha: the numerator of the scale; None where the file has none, and the scale is 1.
         rank_stabilized: whether alpha is divided by the rank's square root.
         magnitude: DoRA's norms of the weights of each output.
@@ -61,10 +75,10 @@ class Delta:
         ValueError: the factors do not belong together, or their shapes do not.
     """
 
-    factors: Mapping[str, Weight]
+    factors: Mapping[str, Factor]
     alpha: float | None = None
     rank_stabilized: bool = False
-    magnitude: Weight | None = None
+    magnitude: Factor | None = None
     by_input: bool = False
     keys: tuple[str, ...] = ()
 
@@ -127,14 +141,16 @@ def delta_of(delta: Delta, shape: _Shape) -> Floats:
     return np.float32(delta.strength) * first.reshape(shape)
 
 
-def fused_values(values: NDArray[np.generic], delta: Delta, scale: float) -> Floats:
+def fused_values(values: Array, delta: Delta, scale: float) -> Floats:
     """A weight with its change folded in, in float32.
 
     Args:
         values: the weight.
         scale: 1 for the change as it was trained. Of a DoRA it scales the change that is normed, as in peft.
     """
-    result = np.asarray(values, dtype=np.float32) + np.float32(scale) * delta_of(delta, values.shape)
+    result = delta_of(delta, values.shape)
+    result *= np.float32(scale)
+    result += np.asarray(values, dtype=np.float32)
     if delta.magnitude is None:
         return result
     magnitude = np.asarray(delta.magnitude.read(), dtype=np.float32)
@@ -155,7 +171,7 @@ def _trimmed(shape: _Shape) -> _Shape:
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
-def _complete(products: tuple[_Product, ...], factors: Mapping[str, Weight]) -> bool:
+def _complete(products: tuple[_Product, ...], factors: Mapping[str, Factor]) -> bool:
     """Whether these are all the factors of a method, and no more."""
     roles = set(factors)
     for product in products:

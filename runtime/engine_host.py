@@ -1,0 +1,103 @@
+"""What all engines of a pipeline share on a GPU, and how they are loaded there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from .cache_folder import cache_folder
+from .cuda_device import Device
+from .cuda_lanes import Lanes
+from .engine_choice import HeldEngine
+from .engine_loading import load_engine
+from .kernel_cache import KernelCache
+from .machine import Machine, probe_machine
+from .manifest import Manifest, check_files
+from .tensorrt_session import TensorRTSession
+
+
+def _first_gpu() -> Device:
+    from .cuda_driver import CudaDevice
+
+    return CudaDevice()
+
+
+@dataclass(eq=False, kw_only=True)
+class EngineHost:
+    """The GPU and its lanes, opened with the first engine.
+
+    Attributes:
+        lanes: how many calls may run at the same time, each with activation memory of its own.
+        graphs: capture CUDA graphs.
+        weight_budget: bytes of the U-Net's weights that stay on the device, with weight streaming; None keeps all.
+        open_device: opens the GPU.
+        look: at the machine.
+    """
+
+    lanes: int = 1
+    graphs: bool = True
+    weight_budget: int | None = None
+    open_device: Callable[[], Device] = _first_gpu
+    look: Callable[[], Machine] = probe_machine
+    _whole: set[tuple[str, int, int]] = field(default_factory=set, init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    @cached_property
+    def machine(self) -> Machine:
+        """What decides whether an engine can be used here."""
+        return self.look()
+
+    @cached_property
+    def device(self) -> Device:
+        """The GPU.
+
+        Raises:
+            BackendError: cuda-bindings is not installed, or there is none.
+        """
+        return self.open_device()
+
+    @cached_property
+    def shared(self) -> Lanes:
+        """The lanes of all engines."""
+        return Lanes(self.device, self.lanes)
+
+    def open(self, held: HeldEngine, manifest: Manifest) -> TensorRTSession:
+        """Load an engine.
+
+        Raises:
+            ArtifactError: its file was changed, cannot be read, or is not what its sidecar says.
+            BackendError: the flavour or cuda-bindings is not installed, or the engine cannot do what was asked for.
+            OutOfDeviceMemory: it does not fit.
+        """
+        with self._lock:  # TensorRT's log is one for all, and so is the bus that weights come over
+            return self._load(held, manifest)
+
+    def _load(self, held: HeldEngine, manifest: Manifest) -> TensorRTSession:
+        sidecar, kernels = held.sidecar, None
+        if sidecar.flavour == "tensorrt_rtx":
+            kernels = KernelCache(
+                cache_folder() / "jit",
+                version=sidecar.flavour_version,
+                gpu=self.device.name,
+                key=sidecar.engine_sha256,
+            )
+        self._check(held, manifest)
+        loaded = load_engine(
+            held,
+            self.device,
+            graphs=self.graphs,
+            kernels=kernels,
+            weight_budget=self.weight_budget if held.record.component == "unet" else None,
+        )
+        return TensorRTSession(loaded, device=self.device, lanes=self.shared)
+
+    def _check(self, held: HeldEngine, manifest: Manifest) -> None:
+        """Compare an engine with the manifest: it runs code. Once, as long as its file stays what it was."""
+        check_files(held.bundle, manifest, [held.record.path], hashes=False)
+        stat = held.path.stat()
+        key = (held.record.path, stat.st_size, stat.st_mtime_ns)
+        if key not in self._whole:
+            check_files(held.bundle, manifest, [held.record.path, held.record.sidecar])
+            self._whole.add(key)
