@@ -57,6 +57,7 @@ bench: demo
 # Full size, random weights: an hour on two cores, and 40 GB of disk.
 bench-scale: install
 	$(BIN)/python benchmarks/bench_scale.py --json build/bench_scale.json
+	$(BIN)/python benchmarks/bench_build.py --families sd1,sdxl --json build/bench_build.json
 
 wheel: install
 	@rm -rf dist build/lib && mkdir -p build

@@ -30,10 +30,10 @@ NO_GPU = Machine(packages=probe_machine().packages, why_no_gpu="tests build ahea
 
 
 def test_stable_diffusions_unet_is_foretold_from_the_measured_builds() -> None:
-    """36 s and 6.1 GB measured on 2 cores, and an engine of 1746 MB from 1719 MB of weights."""
+    """15 to 52 s and 6.2 GB were measured on 2 cores, and an engine of 1741 MB from 1719 MB of weights."""
     found = forecast(UNET, 1_719_000_000, None)
     assert found.seconds is not None
-    assert 25 < found.seconds < 60
+    assert 15 < found.seconds < 52
     assert found.peak_bytes is not None
     assert 5e9 < found.peak_bytes < 8e9
     assert 1_719_000_000 < found.disk_bytes < 1_900_000_000

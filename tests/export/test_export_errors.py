@@ -83,7 +83,7 @@ def run(
         ("checkpoint --precision fp16,mixed", 2, "expected fp16 or mixed, got both"),
         ("checkpoint --opset 9", 2, "got 9"),
         ("checkpoint --target cpu,tpu", 2, "expected one or more of cpu, cuda, got 'tpu'"),
-        ("checkpoint --check none", 2, "expected one of auto, full, quick, got 'none'"),
+        ("checkpoint --check some", 2, "expected one of auto, full, quick, none, got 'some'"),
         ("checkpoint --config checkpoint", 2, "--config: expected a checkpoint in a single file with it"),
         ("checkpoint --prediction-type epsilon", 2, "--prediction-type: expected a checkpoint in a single file"),
         ("model.safetensors --config checkpoint --prediction-type v", 2, "epsilon, v_prediction, got 'v'"),

@@ -8,8 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -24,11 +27,25 @@ def commands(program: str) -> list[str]:
     return [line for line in lines if line.startswith(program)]
 
 
+def write_lora(checkpoint: Path, file: Path) -> None:
+    """A LoRA of rank 2 for the attention of a checkpoint's U-Net, as diffusers saves it, with random factors."""
+    rng = np.random.default_rng(0)
+    factors: dict[str, Any] = {}
+    for name, weight in load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors").items():
+        if ".to_q." in name:
+            module, (out, features) = name.removesuffix(".weight"), weight.shape
+            factors[f"unet.{module}.lora_A.weight"] = rng.standard_normal((2, features), np.float32)
+            factors[f"unet.{module}.lora_B.weight"] = rng.standard_normal((out, 2), np.float32) / 10
+    assert factors
+    save_file(factors, file)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a newcomer has it: the examples, and nothing else."""
+    """A folder as a newcomer has it: the examples, and a LoRA of their own."""
     folder = tmp_path_factory.mktemp("newcomer")
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    write_lora(folder / "examples" / "shapes", folder / "style.safetensors")
     return folder
 
 
