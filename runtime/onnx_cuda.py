@@ -146,16 +146,23 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
-def out_of_memory(err: Exception, component: str, doing: str) -> OutOfDeviceMemory | None:
-    """An error of ONNX Runtime's as one that says what to do, if the device's memory was too small; otherwise None."""
+def out_of_memory(err: Exception, component: str, doing: str, *, on_cuda: bool) -> OutOfDeviceMemory | None:
+    """An error of ONNX Runtime's as one that says what to do, if the memory was too small; otherwise None.
+
+    Args:
+        on_cuda: it was the GPU's; otherwise the machine's.
+    """
     match = _OUT_OF_MEMORY.search(str(err))
     if match is None:
         return None
     size = match["size"] or match["wanted"]
     asked = f"{int(size) / 2**20:,.0f} MiB more" if size else "more"
+    whose, plan = "memory", ""
+    if on_cuda:
+        whose, plan = "the GPU's memory", "; latentrt plan BUNDLE --size SIZE --vram SIZE says what fits"
     return OutOfDeviceMemory(
-        f"{component}: expected {asked} of the GPU's memory {doing}, got none left. Use --residency swap, a smaller "
-        "picture or batch, or fp16; latentrt plan BUNDLE --size SIZE --vram SIZE says what fits."
+        f"{component}: expected {asked} of {whose} {doing}, got none left. Use --residency swap, a smaller "
+        f"picture or batch, or fp16{plan}."
     )
 
 

@@ -112,7 +112,7 @@ class OnnxSession:
         try:
             session, self._refused = with_graph_if_possible(opened, wanted=on_cuda and keeps and told.graphs)
         except Exception as err:
-            if memory := out_of_memory(err, path.parent.name, "for its weights"):
+            if memory := out_of_memory(err, path.parent.name, "for its weights", on_cuda=on_cuda):
                 raise memory from err
             raise ArtifactError(
                 f"{path}: expected an ONNX graph that ONNX Runtime loads, got: {err}. Export it again."
@@ -188,7 +188,7 @@ class OnnxSession:
     def _failure(self, err: Exception, shapes: Mapping[str, tuple[int, ...]]) -> BackendError:
         if self._session is None:
             return closed_error(self._spec.name)
-        memory = out_of_memory(err, self._spec.name, f"on inputs {shapes}")
+        memory = out_of_memory(err, self._spec.name, f"on inputs {shapes}", on_cuda=PROVIDER in self._providers)
         return memory or BackendError(f"{self._spec.name}: {self.backend} failed on inputs {shapes}: {err}")
 
     def warm_up(self, shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> None:

@@ -161,6 +161,18 @@ def test_a_gpu_that_is_too_small_is_an_error_that_says_what_to_do(
         OnnxSession(path, providers=PROVIDERS)
 
 
+def test_a_machine_that_is_too_small_is_not_taken_for_its_gpu(
+    ort: CudaOrt, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("bfc_arena.cc:376 Failed to allocate memory for requested buffer of size 1207959552")
+
+    monkeypatch.setattr(ort, "InferenceSession", refuse)
+    wanted = r"unet: expected 1,152 MiB more of memory for its weights.*--residency swap.*fp16\.$"
+    with pytest.raises(OutOfDeviceMemory, match=wanted):
+        OnnxSession(path)
+
+
 def test_other_failures_stay_what_they_are(ort: CudaOrt, path: Path) -> None:
     ort.fails = RuntimeError("CUDNN failure 5000: CUDNN_STATUS_EXECUTION_FAILED")
     with pytest.raises(BackendError, match=r"unet: onnxruntime CUDA failed on inputs .*EXECUTION_FAILED") as caught:
