@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from full_size import write_checkpoint
+from full_size import held_families, write_checkpoint
 
+from latentrt.calibrate.layer_quant import LayerQuant
 from latentrt.calibrate.quantize_pass import CHANNEL_AXIS, QuantizePass
 from latentrt.export.engine_jobs import BuildOptions, build_engines
 from latentrt.export.exporter import export_checkpoint
@@ -52,7 +53,7 @@ def int8_graph(bundle: Path) -> None:
         for node in model.graph
         if node.op_type in CHANNEL_AXIS and is_weight(node.inputs[1]) and node.inputs[1] is not None
     ]
-    QuantizePass({name: 1 / 16 for name in weights if not HALF.search(name)})(model)
+    QuantizePass({name: LayerQuant(1 / 16) for name in weights if not HALF.search(name)})(model)
     files = [path.relative_to(bundle).as_posix() for path in save_onnx(model, bundle / "unet/model.int8.onnx")]
     inputs = {"made_from": half.key, "scales": "made up"}
     artifact = Artifact("unet", "int8", files[0], tuple(files), half.opset, key_of(inputs), inputs, {}, half.parameters)
@@ -152,6 +153,7 @@ def main() -> None:
     if options.json:
         machine = {"cpu": platform.processor(), "cores": os.cpu_count(), "gpu": "none: no engine was run"}
         tools = {**tool_versions(), "tensorrt_rtx": (installed_flavour("tensorrt_rtx") or ("none",))[0]}
+        families = {**held_families(options.json), **families}
         content = {"machine": machine, "tools": tools, "weights": "random", "families": families}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
 

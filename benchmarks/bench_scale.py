@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from full_size import FAMILIES, write_checkpoint
+from full_size import FAMILIES, held_families, write_checkpoint
 
 from latentrt.export.tool_versions import tool_versions
 from latentrt.runtime.manifest import load_manifest
@@ -111,6 +111,7 @@ def main() -> None:
         print(f"{name}: the graph from the cache gives the same files: {results['bit_equal']}")
     if options.json:
         machine = {"cpu": platform.processor(), "cores": os.cpu_count(), "gpu": "none: not run on a GPU"}
+        families = {**held_families(options.json), **families}
         content = {"machine": machine, "tools": tool_versions(), "weights": "random", "families": families}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
     if not all(results["bit_equal"] for results in families.values()):

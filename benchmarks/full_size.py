@@ -53,6 +53,12 @@ def write_checkpoint(family: str, folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def held_families(results: Path) -> dict[str, Any]:
+    """The families of a results file, which a run for one of them leaves as they are."""
+    families: dict[str, Any] = json.loads(results.read_text())["families"] if results.exists() else {}
+    return families
+
+
 def _write_json(path: Path, config: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(config, indent=2))
