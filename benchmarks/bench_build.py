@@ -28,7 +28,8 @@ from full_size import held_families, write_checkpoint
 
 from latentrt.calibrate.layer_quant import LayerQuant
 from latentrt.calibrate.quantize_pass import CHANNEL_AXIS, QuantizePass
-from latentrt.export.engine_jobs import BuildOptions, build_engines
+from latentrt.export.build_options import BuildOptions
+from latentrt.export.engine_jobs import build_engines
 from latentrt.export.exporter import export_checkpoint
 from latentrt.export.graph_files import save_onnx
 from latentrt.export.graph_values import is_weight

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentrt.export.build_options import BuildOptions, wanted_components, wanted_shapes
 from latentrt.export.engine_graph import graph_tensors, load_graph
-from latentrt.export.engine_jobs import BuildOptions, wanted_components, wanted_shapes
 from latentrt.export.engine_profiles import profiles_of
 from latentrt.export.plan_components import ComponentPlan, plan_components
 from latentrt.export.tool_versions import TOOLS, tool_versions
@@ -99,7 +99,7 @@ def planned(bundle: Bundle, case: Case) -> tuple[ComponentPlan, BuildOptions]:
 def build(bundle: Bundle, case: Case, options: BuildOptions) -> dict[str, Any]:
     """Figures of the builder, from a fresh process."""
     assert bundle.manifest is not None
-    precision = wanted_components(bundle, bundle.manifest, options)[case.component]
+    precision = wanted_components(bundle, options)[case.component]
     requests, factor = wanted_shapes(bundle, options)
     graph = bundle.graph(case.component, precision)
     profiles = profiles_of(case.component, graph_tensors(load_graph(graph).graph.input), requests, factor=factor)

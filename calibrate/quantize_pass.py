@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
@@ -13,152 +12,146 @@ from latentrt.export.lazy_weight import derived
 from latentrt.export.weights import Values
 from latentrt.runtime.errors import CalibrationError
 
-# The axis of a weight's output channels.
+from .layer_quant import Kind, LayerQuant
+from .number_formats import STORED, half_scale, quantized, weight_scales
+from .quantized_tensor import QuantizedTensor, initializer, quantize_branches, quantize_tensor, scaled_branches
+
+# The axis of a weight's output channels; that of the input channels is the other of the first two.
 CHANNEL_AXIS = {"Conv": 0, "MatMul": 1}
-# Symmetric, so that a weight and its negative are the same integer but for the sign.
-WEIGHT_MAX = 127
-# The smallest positive float16, which no scale may be below: the parser refuses zero.
-LEAST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
-
-
-def half_scale(values: Values | float) -> Values:
-    """Scales as both graphs, in float32 and in float16, can hold them: rounded up to float16.
-
-    Rounded up, no value that was in range leaves it. Weights are to be quantized with the rounded scale; with the
-    unrounded one, 20 dB are lost where weights are small.
-
-    Raises:
-        CalibrationError: a scale is not finite, or beyond float16.
-    """
-    wanted = np.maximum(np.asarray(values, np.float64), LEAST_SCALE)
-    with np.errstate(over="ignore"):
-        near = wanted.astype(np.float16)
-        scales = np.where(near.astype(np.float64) < wanted, np.nextafter(near, np.float16(np.inf)), near)
-    if not np.isfinite(scales).all():
-        raise CalibrationError(
-            f"scale: expected finite numbers up to {np.finfo(np.float16).max:g}, got {np.asarray(values).max():g}. "
-            "Look for NaN or overflow in the calibration's inputs."
-        )
-    return np.asarray(scales, np.float16)
-
-
-def weight_scales(weight: Values, axis: int) -> Values:
-    """One symmetric scale for every output channel, float16: its largest absolute value is 127 steps."""
-    others = tuple(index for index in range(weight.ndim) if index != axis)
-    return half_scale(np.abs(weight.astype(np.float32)).max(axis=others) / WEIGHT_MAX)
-
-
-def quantized(values: Values, scale: Values, axis: int) -> Values:
-    """Weights as int8, rounded to the nearest, ties to even as in QuantizeLinear."""
-    shape = [1] * values.ndim
-    shape[axis] = -1
-    steps = values.astype(np.float32) / scale.astype(np.float32).reshape(shape)
-    return np.asarray(np.clip(np.rint(steps), -WEIGHT_MAX, WEIGHT_MAX), np.int8)
+# The first with float16 scales, and with float8 at all.
+_OPSET = 19
 
 
 class QuantizePass(InPlacePass):
-    """Let weighted operators compute in int8.
+    """Let weighted operators compute in int8 or fp8.
 
         before   x -> Conv(w)
         after    x -> QuantizeLinear(s) -> DequantizeLinear(s) -> Conv(DequantizeLinear(w int8, s by channel))
 
     As TensorRT's placement rules have it: both inputs of a weighted operator and nothing else, symmetric with zero
-    point 0, scales that are constants, one pair for a tensor whoever reads it, weights stored as int8, biases as they
-    are. For a float16 graph with the same integers, `HalfPrecisionPass` comes after this one: scales are numbers that
-    float16 holds, and it gives them the type of what they scale, as strong typing asks for.
+    point 0, scales that are constants, one pair for a tensor whoever reads it, weights stored as they are computed
+    with, biases as they are. For a float16 graph with the same integers, `HalfPrecisionPass` comes after this one:
+    scales are numbers that float16 holds, and it gives them the type of what they scale, as strong typing asks for.
+
+    A Concat whose branches smoothing multiplies by one number each is quantized to int8 by branch, and the Mul is
+    gone. This is the split of Q-Diffusion (Li et al. 2023, arXiv 2302.04304) at no cost:
+
+        before   Concat(x, y) -> Mul(1/v, 1/w by branch) -> Conv(w)
+        after    Concat(x -> QuantizeLinear(s v), y -> QuantizeLinear(s w)) -> DequantizeLinear(s) -> Conv(…)
 
     Args:
-        scales: by weight of the Conv or MatMul to quantize, the scale of its other input: largest absolute value
-            over 127. Those of one tensor have to be equal.
+        quants: by weight of the Conv or MatMul to quantize. Of each, `scale` and `kind` are read: `SmoothPass` and
+            `BiasCorrectionPass`, which come before, have dealt with the rest. Layers that read one tensor need the
+            same of both. Without a scale, weights alone are stored quantized, and the operator computes in floats.
 
     Raises:
-        CalibrationError: a name is no weight of such an operator, or two scales are given for one tensor.
+        CalibrationError: a name is no weight of such an operator, two scales are given for one tensor, or the graph's
+            opset has no such types.
     """
 
-    def __init__(self, scales: Mapping[str, float]) -> None:
+    def __init__(self, quants: Mapping[str, LayerQuant]) -> None:
         super().__init__()
-        self.scales = scales
+        self.quants = quants
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the operators that were named; `modified` says whether there was one."""
         graph = model.graph
+        _check_opset(model)
         found = {str(node.inputs[1].name): node for node in graph if _weighted(node) and node.inputs[1] is not None}
-        if unknown := sorted(self.scales.keys() - found.keys()):
+        if unknown := sorted(self.quants.keys() - found.keys()):
             raise CalibrationError(
                 f"{graph.name}: expected weights of a Conv or MatMul, got {', '.join(unknown[:10])}"
                 f"{' …' if len(unknown) > 10 else ''}. The plan is of another graph: calibrate again."
             )
-        pairs: dict[ir.Value, tuple[float, ir.Value]] = {}
+        pairs: dict[ir.Value, QuantizedTensor] = {}
         for name, node in found.items():
-            if name not in self.scales:
+            if name not in self.quants:
                 continue
-            data = node.inputs[0]
+            quant, data, weight = self.quants[name], node.inputs[0], node.inputs[1]
             assert data is not None
-            scale = float(half_scale(self.scales[name]))
-            if data not in pairs:
-                pairs[data] = scale, _pair(graph, data, scale)
-            if pairs[data][0] != scale:
-                raise CalibrationError(
-                    f"{name}: expected scale {pairs[data][0]:g}, as another operator has for the same input, got "
-                    f"{scale:g}. Operators that read one tensor share its scale."
-                )
-            weight = node.inputs[1]
             assert weight is not None
-            node.replace_input_with(0, pairs[data][1])
-            node.replace_input_with(1, _int8_weight(graph, node, weight))
+            columns = None
+            if quant.scale is not None:
+                pair = _pair_for(graph, pairs, data, quant.scale, quant.kind, name)
+                node.replace_input_with(0, pair.dequantized)
+                columns = pair.columns
+            node.replace_input_with(1, _stored_weight(graph, node, weight, quant.kind, columns))
             if not weight.uses():
                 del graph.initializers[name]
-        return PassResult(model, modified=bool(self.scales))
+        for data in pairs:
+            _drop_unread(graph, data)
+        return PassResult(model, modified=bool(self.quants))
+
+
+def _check_opset(model: ir.Model) -> None:
+    opset = model.graph.opset_imports.get("", 0)
+    if opset < _OPSET:
+        raise CalibrationError(
+            f"{model.graph.name}: expected a graph of opset {_OPSET} or later, which has float16 scales, got {opset}. "
+            "Export the checkpoint again without --opset."
+        )
 
 
 def _weighted(node: ir.Node) -> bool:
     return node.op_type in CHANNEL_AXIS and node.domain == "" and is_weight(node.inputs[1])
 
 
-def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(
-        name=str(tensor.name),
-        shape=ir.Shape(tensor.shape.numpy()),
-        type=ir.TensorType(tensor.dtype),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value
+def _pair_for(
+    graph: ir.Graph, pairs: dict[ir.Value, QuantizedTensor], data: ir.Value, wanted: float, kind: Kind, name: str
+) -> QuantizedTensor:
+    """The pair of a tensor, made for the first that reads it; `name` is the reader's."""
+    scale = float(half_scale(wanted))
+    if data not in pairs:
+        # ONNX joins no float8; whose steps grow with the number, it has no need of it either.
+        branches = scaled_branches(data) if kind == "int8" else None
+        if branches is None:
+            pairs[data] = quantize_tensor(graph, data, scale, kind)
+        else:
+            pairs[data] = quantize_branches(graph, data, branches, scale, kind)
+    pair = pairs[data]
+    if (pair.scale, pair.kind) != (scale, kind):
+        raise CalibrationError(
+            f"{name}: expected {pair.kind} with scale {pair.scale:g}, as another operator has for the same input, got "
+            f"{kind} with {scale:g}. Operators that read one tensor share its scale."
+        )
+    return pair
 
 
-def _pair(graph: ir.Graph, data: ir.Value, scale: float) -> ir.Value:
-    """QuantizeLinear and DequantizeLinear of a tensor, right behind it."""
-    assert data.dtype is not None
-    step = _initializer(graph, ir.tensor(np.array(scale, data.dtype.numpy()), name=f"{data.name}.scale"))
-    zero = _initializer(graph, ir.tensor(np.array(0, np.int8), name=f"{data.name}.zero_point"))
-    down = ir.node("QuantizeLinear", [data, step, zero], name=f"{data.name}.quantize")
-    up = ir.node("DequantizeLinear", [down.outputs[0], step, zero], name=f"{data.name}.dequantize")
-    for node, name, dtype in ((down, "int8", ir.DataType.INT8), (up, "dequantized", data.dtype)):
-        made = node.outputs[0]
-        made.name, made.shape, made.type = f"{data.name}.{name}", data.shape, ir.TensorType(dtype)
+def _drop_unread(graph: ir.Graph, data: ir.Value) -> None:
+    """Remove the Mul that quantized branches took the place of, and its constant, once nobody reads them."""
     maker = data.producer()
-    if maker is None:
-        graph.insert_before(graph[0], [down, up])
-    else:
-        graph.insert_after(maker, [down, up])
-    return up.outputs[0]
+    if maker is None or data.uses() or data.is_graph_output():
+        return
+    constants = [value for value in maker.inputs if value is not None and is_weight(value)]
+    graph.remove(maker, safe=True)
+    for value in constants:
+        if not value.uses():
+            del graph.initializers[str(value.name)]
 
 
-def _int8_weight(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> ir.Value:
-    """The DequantizeLinear of a weight that is stored as int8."""
+def _stored_weight(graph: ir.Graph, node: ir.Node, weight: ir.Value, kind: Kind, columns: Values | None) -> ir.Value:
+    """The DequantizeLinear of a weight that is stored as it is computed with."""
     assert weight.const_value is not None
     assert weight.dtype is not None
     name, tensor, axis = str(weight.name), weight.const_value, CHANNEL_AXIS[node.op_type]
-    scales = weight_scales(tensor.numpy(), axis)
+
+    def scaled(values: Values) -> Values:
+        if columns is None:
+            return values
+        shape = [1] * values.ndim
+        shape[1 - axis] = -1
+        return values * columns.reshape(shape)
+
+    scales = weight_scales(scaled(tensor.numpy()), axis, kind)
     stored = derived(
         [tensor],
-        lambda values: quantized(values, scales, axis),
+        lambda values: quantized(scaled(values), scales, axis, kind),
         shape=tensor.shape.numpy(),
-        dtype=ir.DataType.INT8,
-        name=f"{name}.int8",
+        dtype=STORED[kind],
+        name=f"{name}.{kind}",
     )
     steps = ir.tensor(scales.astype(weight.dtype.numpy()), name=f"{name}.scale")
-    inputs = [_initializer(graph, stored), _initializer(graph, steps)]
+    inputs = [initializer(graph, stored), initializer(graph, steps)]
     return insert(
         graph,
         "DequantizeLinear",
@@ -167,5 +160,5 @@ def _int8_weight(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> ir.Value:
         name=f"{name}.dequantized",
         shape=weight.shape,
         dtype=weight.dtype,
-        attributes={"axis": axis},
+        attributes={"axis": axis} if scales.ndim else None,
     )

@@ -1,7 +1,8 @@
 """Export Stable Diffusion checkpoints to verified ONNX graphs, and build TensorRT engines from them."""
 
+from .build_options import BuildOptions
 from .checkpoint import Checkpoint, open_checkpoint
-from .engine_jobs import BuildOptions, build_engines
+from .engine_jobs import build_engines
 from .engine_making import EngineResult
 from .exporter import Exported, export_checkpoint
 from .parity import Comparison, compare

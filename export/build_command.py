@@ -15,8 +15,9 @@ import typer
 from latentrt.runtime.console import log, note, print_table, progress_console
 from latentrt.runtime.engine_sidecar import describe_profiles
 
+from .build_options import BuildOptions
 from .engine_cancel import Abandoned
-from .engine_jobs import AHEAD_OF_TIME, BuildOptions, build_engines
+from .engine_jobs import AHEAD_OF_TIME, build_engines
 from .engine_making import EngineResult
 from .engine_memory import planned_vram
 

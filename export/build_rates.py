@@ -1,7 +1,8 @@
 """How long a build takes and what memory it needs: rates measured on one machine, corrected by this machine's builds.
 
 A build's time goes with the weights that are copied and packed and with the nodes that are compiled, once for each
-profile; several targets of one engine share it. The shipped rates are a fit over builds of Stable Diffusion 1.5's
+profile; several targets of one engine share it. Its memory goes with the bytes of the weights: half as much of int8
+ones. The shipped rates are a fit over builds of Stable Diffusion 1.5's
 networks on a quiet machine (`benchmarks/results/plan-activation.json` has their figures on a busy one). A machine that
 has built something knows its own factor to them: the median over its latest builds of the same flavour.
 """
@@ -34,6 +35,7 @@ class BuildWork:
     Attributes:
         flavour: `tensorrt` or `tensorrt_rtx`.
         parameters: weights of the graph.
+        weight_bytes: what they take in their own types.
         nodes: of the graph.
         targets: compute capabilities in the engine.
         profiles: optimization profiles in the engine.
@@ -42,6 +44,7 @@ class BuildWork:
     flavour: str
     component: str
     parameters: int
+    weight_bytes: int
     nodes: int
     targets: int = 1
     profiles: int = 1
@@ -59,13 +62,13 @@ class BuildFacts:
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds and bytes of a build: of every weight and node, and the constant part."""
+    """Seconds and bytes of a build: of every weight, node and byte of the weights, and the constant part."""
 
     seconds: float
     seconds_per_parameter: float
     seconds_per_node: float
     peak_bytes: float
-    peak_bytes_per_parameter: float
+    peak_bytes_per_weight_byte: float
 
 
 # What an engine holds beside its weights, of each node and profile: kernels, names, constants.
@@ -79,7 +82,7 @@ _SHIPPED: Mapping[str, Rates] = {
         seconds_per_parameter=2.4e-8,
         seconds_per_node=1.5e-3,
         peak_bytes=0.4e9,
-        peak_bytes_per_parameter=6.8,
+        peak_bytes_per_weight_byte=3.6,
     )
 }
 # The same shape for a flavour without rates of its own: only the machine's factor turns it into seconds.
@@ -139,13 +142,13 @@ def expected_peak_bytes(work: BuildWork, cache_folder: Path | None = None) -> in
     return None if factor is None else int(factor * _peak_bytes(work))
 
 
-def expected_engine_bytes(work: BuildWork, weight_bytes: int) -> int:
+def expected_engine_bytes(work: BuildWork, *, stripped: bool = False) -> int:
     """Size of the engine's file.
 
     Args:
-        weight_bytes: of the graph's weights, in its own types.
+        stripped: it is built without its weights.
     """
-    return weight_bytes + work.profiles * work.nodes * _ENGINE_BYTES_PER_NODE
+    return (0 if stripped else work.weight_bytes) + work.profiles * work.nodes * _ENGINE_BYTES_PER_NODE
 
 
 def _like(build: BuildFacts, work: BuildWork) -> bool:
@@ -168,4 +171,4 @@ def _seconds(work: BuildWork) -> float:
 
 def _peak_bytes(work: BuildWork) -> float:
     rates = _SHIPPED.get(work.flavour, _SHAPE)
-    return rates.peak_bytes + work.parameters * rates.peak_bytes_per_parameter
+    return rates.peak_bytes + work.weight_bytes * rates.peak_bytes_per_weight_byte

@@ -11,55 +11,16 @@ import numpy as np
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.components import Components
 from latentrt.runtime.manifest import Manifest
-from latentrt.runtime.model_facts import ModelFacts, read_facts, read_schedules
-from latentrt.runtime.opened_model import Model
-from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.model_facts import ModelFacts
 from latentrt.runtime.request import Control, Request
-from latentrt.runtime.specs import Array, ModelSpec, Session
+from latentrt.runtime.specs import Array, ModelSpec
 
 from .parity import Case
+from .recording import watched_pipeline
 
 _PROMPT = "a small red circle at the top left of a blue background"
 # Pixels along a side: enough for every layer, and seconds on a CPU at any checkpoint's width.
 _SIDE, _SHORTER = 256, 192
-
-
-class _Recorder:
-    """A session that keeps what it was asked and what it answered."""
-
-    def __init__(self, session: Session, cases: list[Case]) -> None:
-        self._session, self._cases = session, cases
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._session.spec
-
-    @property
-    def backend(self) -> str:
-        return self._session.backend
-
-    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        answer = self._session(feeds)
-        self._cases.append(Case(f"call {len(self._cases) + 1}", dict(feeds), answer))
-        return answer
-
-    def close(self) -> None:
-        self._session.close()
-
-
-class _Recording(Components):
-    """A bundle's networks, each behind a recorder."""
-
-    def __init__(self, bundle: Bundle, precision: str) -> None:
-        super().__init__(bundle, precision, backend="onnxruntime")
-        self.cases: dict[str, list[Case]] = {}
-        self._recorders: dict[str, _Recorder] = {}
-
-    def __getitem__(self, component: str) -> Session:
-        if component not in self._recorders:
-            cases = self.cases.setdefault(component, [])
-            self._recorders[component] = _Recorder(super().__getitem__(component), cases)
-        return self._recorders[component]
 
 
 def bundle_cases(path: Path, manifest: Manifest) -> dict[str, list[Case]]:
@@ -71,25 +32,21 @@ def bundle_cases(path: Path, manifest: Manifest) -> dict[str, list[Case]]:
     """
     plain = dataclasses.replace(manifest, artifacts=tuple(a for a in manifest.artifacts if not a.target))
     bundle = Bundle(path, plain)
-    components = _Recording(bundle, bundle.precisions()[0])
-    schedules, facts = read_schedules(bundle), read_facts(bundle)
-    pipeline = Pipeline(
-        name=manifest.name,
-        model=Model(
-            components=components,
-            prompt_encoder=components.prompt_encoder(),
-            facts=facts,
-            schedules=schedules,
-            default_sampler=str(schedules.own.class_name),
-        ),
-    )
-    for request in _requests(components, facts):
-        pipeline(request)
-    for component in bundle.components():
-        session = components[component]
-        if not components.cases[component]:
-            session(_random_feeds(session.spec))
-    return components.cases
+    cases: dict[str, list[Case]] = {component: [] for component in bundle.components()}
+
+    def keep(component: str, feeds: Mapping[str, Array], answer: Mapping[str, Array]) -> None:
+        own = cases[component]
+        own.append(Case(f"call {len(own) + 1}", dict(feeds), answer))
+
+    with watched_pipeline(bundle, bundle.precisions()[0], keep) as pipeline:
+        components = pipeline.model.components
+        for request in _requests(components, pipeline.model.facts):
+            pipeline(request)
+        for component in bundle.components():
+            session = components[component]
+            if not cases[component]:
+                session(_random_feeds(session.spec))
+    return cases
 
 
 def _requests(components: Components, facts: ModelFacts) -> list[Request]:

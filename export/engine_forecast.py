@@ -24,17 +24,17 @@ class Forecast:
     disk_bytes: int
 
 
-def forecast(work: BuildWork, graph_bytes: int, root: Path | None, *, stripped: bool = False) -> Forecast:
+def forecast(work: BuildWork, root: Path | None, *, stripped: bool = False) -> Forecast:
     """From the rates of earlier builds and the size of the weights.
 
     Args:
-        graph_bytes: of the graph and its external data.
         root: of the cache, where the times of this machine's builds are kept.
+        stripped: the engine is built without its weights.
     """
     return Forecast(
         seconds=expected_seconds(work, root),
         peak_bytes=expected_peak_bytes(work, root),
-        disk_bytes=expected_engine_bytes(work, 0 if stripped else graph_bytes),
+        disk_bytes=expected_engine_bytes(work, stripped=stripped),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +52,12 @@ def graph_tensors(values: Any) -> tuple[TensorSpec, ...]:
         shape = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in kind.shape.dim)
         tensors.append(TensorSpec(name=value.name, dtype=dtype, shape=shape))
     return tuple(tensors)
+
+
+def stored_bytes(tensor: Any) -> int:
+    """What the values of an onnx.TensorProto take, wherever they lie."""
+    size = int(import_onnx().helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    return size * math.prod(int(dimension) for dimension in tensor.dims)
 
 
 def mixed_types(model: Any) -> list[str]:

@@ -5,26 +5,27 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-from latentrt.runtime.bundle import DRAWING, Bundle, open_bundle
+from latentrt.runtime.bundle import Bundle, open_bundle
 from latentrt.runtime.cache_folder import cache_folder
+from latentrt.runtime.engine_refit import no_refit
 from latentrt.runtime.errors import UsageError
-from latentrt.runtime.latents import vae_factor
 from latentrt.runtime.machine import Machine, probe_machine
 from latentrt.runtime.manifest import Manifest, check_files, load_manifest
+from latentrt.runtime.precisions import QUANTIZED
 
+from .build_options import BuildOptions, wanted_components, wanted_shapes
 from .build_rates import BuildWork
 from .cache_contents import sweep_cache
 from .engine_cache import cache_root, limit_bytes
 from .engine_config import EngineConfig
 from .engine_flavour import check_supported
 from .engine_forecast import check_disk, describe_forecasts, forecast, memory_warning
-from .engine_graph import check_types, graph_tensors, load_graph
+from .engine_graph import check_types, graph_tensors, load_graph, stored_bytes
 from .engine_log import Progress
 from .engine_making import EngineJob, EngineResult, Workshop, is_at_hand, make_engine
-from .engine_profiles import ShapeRequest, parse_requests, profiles_of
+from .engine_profiles import ShapeRequest, profiles_of
 from .engine_store import graph_hashes
 from .engine_targets import Targets, choose_flavour, parse_targets, resolve_current
 from .scratch_files import sweep_scratch
@@ -32,49 +33,6 @@ from .scratch_files import sweep_scratch
 AHEAD_OF_TIME = "built ahead of time; not run on a GPU"
 # Part of every key; counted up with each change of what `engine_flavour.configure` makes of the same config.
 BUILDER_REVISION = 1
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What `latentrt build` is asked for, in the words of its command line.
-
-    Attributes:
-        target: `sm86,sm89` (an engine each), `sm86+sm89` (one for both) or `current`.
-        precision: of the graphs; for fp16 the mixed one of a component whose fp16 graph would overflow.
-        batch, size, text_chunks: `4`, `1,2,4` (a profile each), `1..8` or `1..4..8` (min..opt..max).
-        guidance: `both`, or `on` or `off` if it is so in every step.
-        components: which; None for all that text-to-image uses.
-        flavour: auto, tensorrt or tensorrt_rtx.
-        workspace_mib: limit of the builder's scratch memory.
-        optimization_level, version_compatible, hardware_compatibility, tiling, weight_streaming, narrow: of
-            `EngineConfig`.
-        refit: `none`, `lora` (the weights that the bundle's LoRAs change, or that LoRAs usually change) or `all`.
-        strip: leave the weights out of the engine.
-        timing_cache: of full TensorRT: auto, off or a file.
-        cache: of engines: auto (the user's), off or a folder.
-        force: build even what is up to date.
-    """
-
-    target: str = "current"
-    precision: str = "fp16"
-    batch: str = "1"
-    size: str | None = None
-    text_chunks: str = "1"
-    guidance: str = "both"
-    components: tuple[str, ...] | None = None
-    flavour: str = "auto"
-    workspace_mib: int | None = None
-    optimization_level: int | None = None
-    refit: str = "none"
-    strip: bool = False
-    version_compatible: bool = False
-    hardware_compatibility: str = "none"
-    tiling: str = "none"
-    weight_streaming: bool = False
-    narrow: bool = False
-    timing_cache: str = "auto"
-    cache: str = "auto"
-    force: bool = False
 
 
 def build_engines(
@@ -102,7 +60,7 @@ def build_engines(
     bundle = open_bundle(path)
     if bundle.manifest is None:
         raise UsageError(f"{path}: expected a latentrt bundle, got a folder without a manifest. Run: latentrt export")
-    components = wanted_components(bundle, bundle.manifest, options)
+    components = wanted_components(bundle, options)
     engines = resolve_current(parse_targets(options.target), machine)
     flavour, trt = choose_flavour(options.flavour, engines, machine)
     requests, factor = wanted_shapes(bundle, options)
@@ -148,54 +106,6 @@ def _prepare(shop: Workshop, jobs: Iterable[EngineJob]) -> None:
         shop.announce(describe_forecasts(forecasts))
         if warning := memory_warning(forecasts):
             shop.announce(warning)
-
-
-def wanted_components(bundle: Bundle, manifest: Manifest, options: BuildOptions) -> dict[str, str]:
-    """The components to build, each with the precision of its graph.
-
-    Raises:
-        UsageError: the bundle lacks one of them in that precision.
-    """
-    graphs = {name: bundle.precision_of(name, options.precision) for name in bundle.components()}
-    held = {name: precision for name, precision in graphs.items() if precision is not None}
-    if options.components is None:
-        wanted = [name for name in held if name in DRAWING]
-    else:
-        wanted = list(dict.fromkeys(options.components))
-    if missing := [name for name in wanted if name not in held]:
-        raise UsageError(
-            f"{bundle.path}: expected {missing[0]} in {options.precision}, found {', '.join(held) or 'no component'}. "
-            f"Run: latentrt export CHECKPOINT -o {bundle.path} --precision {options.precision}"
-        )
-    if not wanted:
-        precisions = sorted({a.precision for a in manifest.artifacts})
-        raise UsageError(
-            f"{bundle.path}: expected graphs in {options.precision}, found {', '.join(precisions) or 'none'}. "
-            f"Run: latentrt export CHECKPOINT -o {bundle.path} --precision {options.precision}"
-        )
-    return {name: held[name] for name in wanted}
-
-
-def wanted_shapes(bundle: Bundle, options: BuildOptions) -> tuple[tuple[ShapeRequest, ...], int]:
-    """The shapes to build for, and the pixels of a latent.
-
-    Raises:
-        UsageError: a size, batch or text length is not possible.
-    """
-    factor = vae_factor(bundle.config("vae_decoder/config.json"))
-    sample_size = bundle.config("unet/config.json").get("sample_size")
-    native = sample_size * factor if isinstance(sample_size, int) else None
-    if options.size is None and native is None:
-        raise UsageError("size: expected --size, because the U-Net's config states no sample_size.")
-    requests = parse_requests(
-        size=options.size or str(native),
-        batch=options.batch,
-        text_chunks=options.text_chunks,
-        factor=factor,
-        native=native,
-        guidance=options.guidance,
-    )
-    return requests, factor
 
 
 def _jobs(
@@ -250,6 +160,7 @@ def _jobs(
             flavour=shop.flavour,
             component=component,
             parameters=sum(math.prod(tensor.dims) for tensor in initializers.values()),
+            weight_bytes=sum(stored_bytes(tensor) for tensor in initializers.values()),
             nodes=len(model.graph.node),
             targets=len(targets),
             profiles=len(profiles),
@@ -262,16 +173,21 @@ def _jobs(
                 outputs=graph_tensors(model.graph.output),
                 made_from={**config.made_from(), **surroundings},
                 work=work,
-                forecast=forecast(
-                    work, sum(manifest.files[name].size for name in onnx), shop.cache, stripped=config.strip
-                ),
+                forecast=forecast(work, shop.cache, stripped=config.strip),
             )
         )
     return jobs
 
 
 def _refit(bundle: Bundle, options: BuildOptions, component: str, precision: str) -> tuple[str, tuple[str, ...]]:
-    """The mode of refit and the weights for `--refit`; none of a component that LoRAs do not change."""
+    """The mode of refit and the weights for `--refit`; none of a component that LoRAs do not change.
+
+    Raises:
+        UsageError: no such mode, or the component is quantized. TensorRT does not equalize scales in engines that can
+            be refitted, which costs speed, and new weights would need new scales anyway.
+    """
+    if options.refit != "none" and precision in QUANTIZED:
+        raise UsageError(no_refit(component, precision, bundle.path))
     if options.refit != "lora":
         if options.refit not in ("none", "all"):
             raise UsageError(f"refit: expected none, lora or all, got {options.refit!r}.")

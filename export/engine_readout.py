@@ -13,6 +13,7 @@ from typing import Any
 
 from latentrt.runtime.engine_sidecar import PrecisionReadout
 from latentrt.runtime.errors import BuildError
+from latentrt.runtime.precisions import QUANTIZED
 
 from .engine_flops import COUNTED, layer_flops
 
@@ -189,9 +190,10 @@ def check_precision(component: str, precision: str, readout: PrecisionReadout, f
     for what, least, shares in (("weights", expected.weights, weights), ("operations", expected.flops, flops)):
         if not shares.get(expected.dtype, 0.0) >= least:
             found = ", ".join(f"{name} {shares[name]:.1%}" for name in sorted(shares)) or f"no {what}"
+            again = "Calibrate" if precision in QUANTIZED else f"Export {precision}"
             raise BuildError(
                 f"{component}: expected an {precision} engine to have at least {least:.0%} of its {what} in "
-                f"{expected.dtype} layers, got {found}. The graph's own types decide: export {precision} again."
+                f"{expected.dtype} layers, got {found}. The graph's own types decide. {again} again."
             )
 
 

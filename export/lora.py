@@ -90,11 +90,13 @@ def _names(part: Part) -> dict[str, str]:
 
 def _changed(part: Part, deltas: Mapping[str, Delta], lora: Lora, scale: float) -> Part:
     weights: Weights = {
-        name: _fused(weight, deltas[name], scale) if name in deltas else weight for name, weight in part.weights.items()
+        name: fused_weight(weight, deltas[name], scale) if name in deltas else weight
+        for name, weight in part.weights.items()
     }
     note = {"kind": "lora", "file": lora.path.name, "sha256": lora.sha256, "scale": scale, "modules": len(deltas)}
     return replace(part, weights=weights, changes=(*part.changes, note))
 
 
-def _fused(weight: Weight, delta: Delta, scale: float) -> Weight:
+def fused_weight(weight: Weight, delta: Delta, scale: float) -> Weight:
+    """A weight with a change folded in when it is read, in float32."""
     return Weight(weight.shape, _FLOAT, lambda: fused_values(weight.read(), delta, scale))

@@ -66,6 +66,15 @@ def open_network(part: Part) -> Network:
         ConfigError: the library cannot make a network from the config.
         ArtifactError: weights are missing, left over or of another shape.
     """
+    return fitted_network(unfilled_module(part), part)
+
+
+def unfilled_module(part: Part) -> nn.Module:
+    """The module that a part's config describes, in eval mode, its parameters on the meta device.
+
+    Raises:
+        ConfigError: the library cannot make a network from the config.
+    """
     from accelerate import init_empty_weights
 
     try:
@@ -75,6 +84,18 @@ def open_network(part: Part) -> Network:
         raise ConfigError(
             f"{part.origin}: expected the config of a {part.model_class}, got one that it cannot be made from: {err}."
         ) from err
+    return module
+
+
+def fitted_network(module: nn.Module, part: Part) -> Network:
+    """A module with the weights of a part, which are not read.
+
+    Args:
+        module: of the part, or one that holds some of its modules under the names that the part's weights have.
+
+    Raises:
+        ArtifactError: weights are missing, left over or of another shape.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     return Network(module, fitted(part.weights, expected, origin=part.origin, model_class=part.model_class))
 
@@ -95,8 +116,12 @@ def _maker(part: Part) -> Callable[[], Any]:
 
 
 @contextmanager
-def weights_at_hand(*networks: Network) -> Iterator[None]:
+def weights_at_hand(*networks: Network, resident: bool = False) -> Iterator[None]:
     """Let the modules of these networks run in float32 inside of the `with`; afterwards they are as before.
+
+    Args:
+        networks: to run.
+        resident: hold all weights, however large, as backward passes and other devices need it.
 
     Raises:
         ArtifactError: a weight cannot be read, or holds a NaN.
@@ -104,7 +129,7 @@ def weights_at_hand(*networks: Network) -> Iterator[None]:
     with ExitStack() as stack:
         for network in networks:
             size = 4 * sum(int(np.prod(weight.shape)) for weight in network.weights.values())
-            large = size > RESIDENT_BYTES
+            large = size > RESIDENT_BYTES and not resident
             stack.enter_context(_streamed(network) if large else _filled(_owners(network), network.weights))
         yield
 

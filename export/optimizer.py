@@ -24,10 +24,11 @@ from latentrt.runtime.manifest import (
     problem_of,
     record_of,
 )
+from latentrt.runtime.precisions import OPTIMIZED
 
 from .bundle_cases import bundle_cases
 from .ort_fusions import TARGETS
-from .ort_targets import TARGET_PRECISIONS, build_target, target_path
+from .ort_targets import build_target, target_path
 from .parity import Case
 from .staging import commit, staging_folder
 
@@ -122,7 +123,7 @@ def check_targets(targets: Iterable[str]) -> None:
 
 
 def _jobs(bundle: Bundle, manifest: Manifest, target: str, precision: str | None, *, force: bool) -> list[_Job]:
-    allowed = TARGET_PRECISIONS[target]
+    allowed = OPTIMIZED[target]
     if precision is not None and precision not in allowed:
         raise UsageError(f"precision: expected one of {', '.join(allowed)} for {target}, got {precision!r}.")
     wanted = (precision,) if precision else allowed

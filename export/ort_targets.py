@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,6 @@ from .graph_files import save_onnx
 from .ort_fusions import fuse
 from .parity import BOUNDS, Case, measure
 
-# Precisions by target, the one to take first. The CPU computes float16 in float32 and converts the weights at every
-# run: such a graph would be slower than the fp32 one, and its weights in memory no smaller.
-TARGET_PRECISIONS: Mapping[str, tuple[str, ...]] = {"cpu": ("fp32",), "cuda": ("fp16", "mixed", "fp32")}
 NOT_ON_A_GPU = "compared on the CPU, with the CUDA operators written out in ONNX's own; not run on a GPU"
 
 

@@ -17,7 +17,7 @@ from latentrt.runtime.machine import Machine, probe_machine
 from latentrt.runtime.residency_plan import ComponentMemory
 from latentrt.runtime.trt_flavour import FLAVOURS
 
-from .engine_jobs import BuildOptions, wanted_shapes
+from .build_options import BuildOptions, wanted_shapes
 from .plan_cards import CONTEXT_SOURCE, Card, card_of, sizes_in_trade
 from .plan_components import ComponentPlan, plan_components
 from .plan_fit import Fit, Way, fits_on, ways_to_fit

@@ -11,9 +11,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from latentrt.runtime.console import log, print_table, progress_console
 
+from .build_options import BuildOptions
 from .build_rates import MEASURED_ON
 from .engine_forecast import duration
-from .engine_jobs import BuildOptions
 from .plan_bundle import BundlePlan, plan_as_json, plan_bundle
 from .plan_cards import parse_card
 from .plan_components import ComponentPlan

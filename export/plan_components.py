@@ -17,9 +17,10 @@ from latentrt.runtime.residency_plan import ComponentMemory
 from latentrt.runtime.specs import TensorSpec
 
 from .activation_memory import Activation, estimate_activation
-from .build_rates import BuildWork, expected_engine_bytes, expected_peak_bytes, expected_seconds
+from .build_options import BuildOptions, wanted_components, wanted_shapes
+from .build_rates import BuildWork
+from .engine_forecast import forecast
 from .engine_graph import graph_tensors
-from .engine_jobs import BuildOptions, wanted_components, wanted_shapes
 from .engine_profiles import largest_shapes, profiles_of
 from .engine_store import graph_hashes
 from .graph_files import weight_bytes
@@ -92,7 +93,7 @@ def plan_components(
         )
     requests, factor = wanted_shapes(bundle, options)
     plans = []
-    for component, precision in wanted_components(bundle, bundle.manifest, options).items():
+    for component, precision in wanted_components(bundle, options).items():
         report(component)
         model = _load(bundle.graph(component, precision))
         inputs = graph_tensors(ir.to_proto(value) for value in model.graph.inputs)
@@ -113,9 +114,11 @@ def plan_components(
             flavour=flavour,
             component=component,
             parameters=sum(tensor.size for tensor in tensors),
+            weight_bytes=memory.weights,
             nodes=len(model.graph),
             profiles=len(profiles),
         )
+        expected = forecast(work, cache, stripped=options.strip)
         plans.append(
             ComponentPlan(
                 component=component,
@@ -124,9 +127,9 @@ def plan_components(
                 estimate=estimate,
                 engine=engine,
                 memory=memory,
-                engine_bytes=expected_engine_bytes(work, memory.weights) if engine is None else engine.engine_bytes,
-                build_seconds=expected_seconds(work, cache),
-                build_peak_bytes=expected_peak_bytes(work, cache),
+                engine_bytes=expected.disk_bytes if engine is None else engine.engine_bytes,
+                build_seconds=expected.seconds,
+                build_peak_bytes=expected.peak_bytes,
             )
         )
     return tuple(plans)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from latentrt.runtime.residency_plan import POLICIES, ComponentMemory, Residency, residency
 from latentrt.runtime.vae_tiling import TILE
 
-from .engine_jobs import BuildOptions
+from .build_options import BuildOptions
 from .plan_cards import Card
 
 TILES = f"VAE tiles (latentrt generate --tile {TILE}, the decoder built with --size {TILE})"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from .bundle import DRAWING, Bundle, pipeline_files
 from .errors import BackendError, UsageError
 from .onnx_cuda import PROVIDERS, CudaOptions, why_no_cuda
+from .precisions import OPTIMIZED, QUANTIZED
 from .session import OnnxSession
 from .specs import Array, Session
 from .trt_flavour import FLAVOURS
@@ -173,8 +174,10 @@ def _open_graph(
         gives_back = told.gives_back and component.startswith(_ONCE)
         return OnnxSession(path, providers=PROVIDERS, arena=not gives_back, cuda=told, weights=changes(path))
     keeps = _keeps_memory(bundle, component, precision, target)
-    # A graph made for the CPU is rewritten already: as it is, it opens at once and its weights stay in the mapped file.
-    return OnnxSession(path, arena=keeps, optimize=target != "cpu", weights=changes(path))
+    # A graph optimized for the CPU is rewritten already: as it is, it opens at once and its weights stay in the mapped
+    # file. One that was quantized for it is not: its int8 kernels are what ONNX Runtime makes of it.
+    rewritten = target == "cpu" and precision not in QUANTIZED
+    return OnnxSession(path, arena=keeps, optimize=not rewritten, weights=changes(path))
 
 
 def choose_graph(bundle: Bundle, component: str, precision: str, *, backend: str = "auto") -> GraphChoice:
@@ -186,7 +189,7 @@ def choose_graph(bundle: Bundle, component: str, precision: str, *, backend: str
     if bundle.manifest.artifact(component, precision, provider) is not None:
         return GraphChoice(provider, f"made for {name}")
     reason = f"for every runtime: the bundle holds none made for {name} in {precision}"
-    if provider == "cuda" or precision == "fp32":
+    if precision in OPTIMIZED[provider]:
         reason += f". Run: latentrt optimize {bundle.path} --target {provider}"
     return GraphChoice("", reason)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import ArtifactError, UsageError
 from .manifest import MANIFEST, Manifest, check_files, load_manifest
+from .precisions import how_to_make, rank, usable_precisions
 
 TEXT_TO_IMAGE = ("text_encoder", "unet", "vae_decoder")
 COMPONENTS = (*TEXT_TO_IMAGE, "vae_encoder")
@@ -47,7 +48,7 @@ class Bundle:
             held = [a.precision for a in self.manifest.artifacts if a.component == component and not a.target]
             raise UsageError(
                 f"{self.path}: expected {component} in {precision}, found {held or 'none'}. "
-                f"Run: latentrt export CHECKPOINT -o {self.path} --precision {precision}"
+                f"Run: {how_to_make(self.path, component, precision)}"
             )
         check_files(self.path, self.manifest, artifact.files, hashes=False)
         return self.path / artifact.path
@@ -62,27 +63,25 @@ class Bundle:
         """The precisions of a component, best first."""
         if self.manifest is None:
             return ["unknown"] if component in self.components() else []
-        order = {"fp32": 0, "fp16": 1, "mixed": 2, "bf16": 3}
         found = {a.precision for a in self.manifest.artifacts if a.component == component and not a.target}
-        return sorted(found, key=lambda precision: (order.get(precision, len(order)), precision))
+        return sorted(found, key=rank)
 
     def precision_of(self, component: str, precision: str) -> str | None:
-        """The precision in which a component takes part in a run of that precision; None if it is not held.
+        """The precision in which a component takes part in a run of that precision; None if it has no part in one.
 
-        Its mixed graph where a run in fp16 finds no fp16 one: the export makes that of a component whose fp16 graph
-        would overflow.
+        See `precisions.usable_precisions`: mixed where fp16 would overflow, half precision beside a quantized U-Net.
         """
         held = self.held(component)
-        usable = (precision, "mixed") if precision == "fp16" else (precision,)
-        return next((name for name in usable if name in held), None)
+        return next((name for name in usable_precisions(component, precision) if name in held), None)
 
     def precisions(self) -> list[str]:
         """The precisions in which every component of a text-to-image run is present, best first."""
         present = self.components()
         text = [name for name in DRAWING[:2] if name in present] or ["text_encoder"]
         needed = (*text, "unet", "vae_decoder")
-        found = {precision: None for component in needed for precision in self.held(component)}
-        return [precision for precision in found if all(self.precision_of(name, precision) for name in needed)]
+        found = {precision for component in needed for precision in self.held(component)}
+        whole = [precision for precision in found if all(self.precision_of(name, precision) for name in needed)]
+        return sorted(whole, key=rank)
 
     def config(self, name: str) -> dict[str, Any]:
         """A JSON config of the bundle, such as `unet/config.json`.

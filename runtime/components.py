@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .backends import Changes, choose_backend, choose_graph, default_precision, open_session, provider_of
-from .bundle import DRAWING, Bundle, open_bundle, pipeline_files
+from .backends import default_precision
+from .bundle import Bundle, open_bundle
+from .component_notes import opened_notes
+from .component_opening import ComponentOpening
 from .errors import UsageError
-from .lora_store import ActiveLora, Wanted, open_loras
-from .lora_weights import lora_weights, network_of, networks_changed
-from .onnx_cuda import PROVIDERS, CudaOptions, cuda_note
-from .prompt_keys import CACHED, PROMPT, SplitUnet, runs_split
-from .residency import SwappedSession, choose_residency
-from .specs import Noting, Refittable, Session, closed_error
+from .lora_store import ActiveLora, Wanted
+from .lora_weights import network_of, networks_changed
+from .onnx_cuda import CudaOptions
+from .residency import choose_residency
+from .run_gate import RunGate
+from .run_loras import lora_note, loras_of_run
+from .specs import Refittable, Session, closed_error
 
 if TYPE_CHECKING:
     from .engine_host import EngineHost
@@ -68,18 +71,27 @@ class Components:
         if host is None and bundle.manifest is not None and bundle.manifest.engines:
             from .engine_host import EngineHost
 
-            host = EngineHost(weight_budget=0 if residency == "stream" else None)
-        self.bundle, self.backend, self._host = bundle, backend, host
+            host = EngineHost(weight_budget="room" if residency == "stream" else None)
         if precision is None or bundle.manifest is None:
             precision = default_precision(bundle, backend=backend, host=host)
-        self.precision = precision
-        self.residency = choose_residency(residency, bundle, self.precision, backend=backend)
-        self._cuda = cuda
-        self._verify = verify and bundle.manifest is not None
-        self.loras = open_loras(bundle, loras, verify=self._verify)
+        verify = verify and bundle.manifest is not None
+        self.bundle, self.backend, self.precision = bundle, backend, precision
+        self.residency = choose_residency(residency, bundle, precision, backend=backend)
+        self.loras = loras_of_run(bundle, precision, loras, verify=verify)
+        self.gate = RunGate()
+        self._opening = ComponentOpening(
+            bundle=bundle,
+            precision=precision,
+            backend=backend,
+            residency=self.residency,
+            verify=verify,
+            cuda=cuda,
+            host=host,
+            loras=lambda: self.loras,
+        )
         self._open: dict[str, Session] = {}
         self._tokenizers: dict[str, ClipTokenizer] = {}
-        self._checked: set[str] = set()
+        self._encoder: PromptEncoder | None = None
         self._closed = False
         self._lock = threading.RLock()
 
@@ -124,50 +136,11 @@ class Components:
             if component not in self._open:
                 if self._closed:
                     raise closed_error(component)
-                precision = self._precision_of(component)
-                for part in self._parts(component, precision):
-                    self._check_files(part, precision)
-                self._open[component] = self._resident(component, lambda: self._network(component, precision))
+                self._open[component] = self._opening.open(component, self.__getitem__)
             return self._open[component]
 
-    def _resident(self, component: str, open_session: Callable[[], Session]) -> Session:
-        """A session that stays, or one that is there for its stages."""
-        return open_session() if self.residency == "all" else SwappedSession(component, open_session)
-
-    def _parts(self, component: str, precision: str) -> tuple[str, ...]:
-        """The networks that a component is made of here."""
-        split = component == "unet" and runs_split(self.bundle, precision, backend=self.backend)
-        return (PROMPT, CACHED) if split and not self._has_engine("unet", precision) else (component,)
-
-    def _network(self, component: str, precision: str) -> Session:
-        parts = self._parts(component, precision)
-        if parts == (component,):
-            return self._session(component, precision)
-        # Where networks are swapped, they come and go together.
-        prompt, cached = (self[part] if self.residency == "all" else self._session(part, precision) for part in parts)
-        return SplitUnet(prompt, cached)
-
-    def _session(self, component: str, precision: str) -> Session:
-        session = open_session(
-            self.bundle,
-            component,
-            precision,
-            backend=self.backend,
-            cuda=self._cuda,
-            host=self._host,
-            verify=self._verify,
-            changes=self._changes(component),
-        )
-        if isinstance(session, Refittable) and network_of(component) in networks_changed(self.loras):
-            session.refit(self._changes(component)(self.bundle.graph(component, precision)))
-        return session
-
-    def _changes(self, component: str) -> Changes:
-        """What the LoRAs of the moment make of a graph's weights, whenever it is opened."""
-        return lambda graph: lora_weights(self.loras, graph, component)
-
     def set_loras(self, wanted: Wanted) -> set[str]:
-        """Put LoRAs in the place of those at work. No run may be under way.
+        """Put LoRAs in the place of those at work. No run may be under way: see `gate`.
 
         Networks that are open and change are opened again, or refitted where they run from engines.
 
@@ -175,14 +148,16 @@ class Components:
             The networks that they change, those at work before included.
 
         Raises:
-            UsageError: the bundle holds none of that name, a scale is not finite, or an engine takes no new weights.
+            UsageError: the bundle holds none of that name, a scale is not finite, an engine takes no new weights, or
+                the U-Net is quantized and was calibrated with others.
             ArtifactError: a LoRA is damaged, or was added for another model. Those at work before stay.
             BackendError: the backend failed.
         """
         with self._lock:
-            before, loras = self.loras, open_loras(self.bundle, wanted, verify=self._verify)
+            before = self.loras
+            loras = loras_of_run(self.bundle, self.precision, wanted, verify=self._opening.verify)
             changed, held = networks_changed((*before, *loras)), dict(self._open)
-            mine = [component for component in held if network_of(component) in changed]
+            mine = [name for name in held if network_of(name) in changed and self._opening.takes_loras(name)]
             engines = [component for component in mine if isinstance(held[component], Refittable)]
             again = [component for component in mine if component not in engines]
             # Prompt encoders hold theirs: these stay until all went well. The others are too large to be there twice:
@@ -215,48 +190,17 @@ class Components:
 
     def _refit(self, component: str, replaced: Iterable[ActiveLora]) -> None:
         """Give an open engine the weights that LoRAs make, and its own where only those that are replaced did."""
-        session, graph = self._open[component], self.bundle.graph(component, self._precision_of(component))
+        session, graph = self._open[component], self.bundle.graph(component, self._opening.precision_of(component))
         assert isinstance(session, Refittable)
-        session.refit(lora_weights(self.loras, graph, component, also=replaced))
-
-    def _check_files(self, component: str, precision: str) -> None:
-        """Compare a graph with the manifest before it is read for the first time. Engines look after themselves."""
-        if not self._verify or component in self._checked or self._has_engine(component, precision):
-            return
-        target = choose_graph(self.bundle, component, precision, backend=self.backend).target
-        self.bundle.check(pipeline_files(self.bundle, precision, [component], target))
-        self._checked.add(component)
-
-    def _has_engine(self, component: str, precision: str) -> bool:
-        choice = choose_backend(self.bundle, component, precision, backend=self.backend, host=self._host)
-        return bool(choice.engines)
+        session.refit(self._opening.weights(component, graph, also=replaced))
 
     def notes(self) -> tuple[str, ...]:
         """What of the components that were opened is not as it was to be, and why, for people."""
         with self._lock:
             held = dict(self._open)
-        ran = {name: each for name, each in held.items() if not isinstance(each, SwappedSession) or each.has_run}
-        found = [note for session in ran.values() if isinstance(session, Noting) for note in session.notes]
-        if self.backend == "auto":
-            # Engines are built together: what is wrong with the U-Net's is wrong with the others.
-            reasons = [self._why_no_engine("unet") if "unet" in ran else None]
-            if any(session.backend == "onnxruntime CPU" for session in ran.values()):
-                reasons.append(cuda_note())
-            found += [reason for reason in reasons if reason is not None]
-        return tuple(dict.fromkeys(found))
-
-    def _why_no_engine(self, component: str) -> str | None:
-        """Why none of the bundle's engines of a component is used although there is a GPU; None if there is no such."""
-        precision = self._precision_of(component)
-        engines = self.bundle.manifest.engines if self.bundle.manifest is not None else ()
-        built = [engine.precision for engine in engines if engine.component == component]
-        if not built or self._host is None or not self._host.machine.gpus:
-            return None
-        held = precision if precision in built else built[0]
-        choice = choose_backend(self.bundle, component, held, backend=self.backend, host=self._host)
-        if choice.engines:
-            return None if held == precision else f"{component}: its engines are in {held}, and this run in {precision}"
-        return f"{component}: {choice.reason}"
+        found = opened_notes(self._opening, held)
+        loras = lora_note(self.bundle, self.precision)
+        return found if loras is None else (*found, loras)
 
     def close(self) -> None:
         """Give back what the networks hold, when the calls under way are done. Components are not opened again."""
@@ -275,26 +219,41 @@ class Components:
         precision = self.bundle.precision_of("vae_decoder", self.precision)
         if precision is None or precision not in self.bundle.held(PICTURES):
             return "vae_decoder"
-        if self._has_engine("vae_decoder", precision) and not self._has_engine(PICTURES, precision):
+        if self._opening.has_engine("vae_decoder", precision) and not self._opening.has_engine(PICTURES, precision):
             return "vae_decoder"
         return PICTURES
 
     def precisions(self) -> dict[str, str]:
-        """Of the components that were opened: the run's, mixed where fp16 would overflow, or what the bundle holds."""
+        """Of the components that were opened: the run's, what stands in for it, or what the bundle holds."""
         with self._lock:
-            return {component: self._precision_of(component) for component in self._open}
+            return {component: self._opening.precision_of(component) for component in self._open}
 
-    def _precision_of(self, component: str) -> str:
-        precision = self.bundle.precision_of(component, self.precision)
-        if precision is not None or component in DRAWING:
-            return precision or self.precision
-        held = self.bundle.held(component)
-        if not held:
-            raise UsageError(
-                f"{self.bundle.path}: expected {component}, found {', '.join(self.bundle.components())}. "
-                f"{_remedy(component)}"
-            )
-        return held[0]
+    def tokenizer(self, folder: str) -> ClipTokenizer:
+        """A tokenizer of the bundle, read once.
+
+        Raises:
+            ArtifactError: it is missing or damaged.
+        """
+        from .tokenizer import load_tokenizer
+
+        with self._lock:
+            if folder not in self._tokenizers:
+                self._tokenizers[folder] = load_tokenizer(self.bundle.path / folder)
+            return self._tokenizers[folder]
+
+    def graph_path(self, component: str) -> Path:
+        """The .onnx file that every runtime takes of a component, in the precision that it has here."""
+        return self.bundle.graph(component, self._opening.precision_of(component))
+
+    def open_as(self, component: str, model: bytes) -> Session:
+        """A session of a component from another graph with the same external weights; ONNX Runtime's."""
+        return self._opening.open_as(component, self.graph_path(component), model)
+
+    def replace(self, component: str, session: Session) -> None:
+        """Put a session in the place of the one that is open."""
+        with self._lock:
+            self[component].close()
+            self._open[component] = session
 
     def prompt_encoder(self, inversions: Sequence[TextualInversion] = ()) -> PromptEncoder:
         """The text encoders with their tokenizers.
@@ -306,46 +265,19 @@ class Components:
             ArtifactError: a tokenizer is missing or damaged.
             UsageError: a textual inversion is for another model.
         """
-        from .session import OnnxSession
-        from .text_encoding import PromptEncoder, TextEncoder
-        from .textual_inversion import with_textual_inversions
-        from .tokenizer import load_tokenizer
+        from .prompt_encoders import open_prompt_encoder
 
-        providers = PROVIDERS if provider_of(self.backend) == "cuda" else PROVIDERS[1:]
-        encoders = []
-        for component, folder in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
-            if component not in self:
-                continue
-            config = self.bundle.path / component / "config.json"
-            epsilon = self.bundle.config(f"{component}/config.json").get("layer_norm_eps") if config.exists() else None
-            session = self[component]
-            if folder not in self._tokenizers:
-                self._tokenizers[folder] = load_tokenizer(self.bundle.path / folder)
-            encoder = TextEncoder(session, self._tokenizers[folder], layer_norm_eps=float(epsilon or 1e-5))
-            if inversions:
-                graph = self.bundle.graph(component, self._precision_of(component))
+        self._encoder = open_prompt_encoder(self, inversions)
+        return self._encoder
 
-                def opened(model: bytes, graph: Path = graph, component: str = component) -> Session:
-                    def make() -> Session:
-                        weights = self._changes(component)(graph)
-                        return OnnxSession(
-                            graph, providers=providers, arena=False, model=model, cuda=self._cuda, weights=weights
-                        )
+    def check_encoder(self, encoder: PromptEncoder) -> None:
+        """Refuse text encoders whose networks went over to others.
 
-                    return self._resident(component, make)
-
-                encoder = with_textual_inversions(encoder, graph, inversions, component=component, open_session=opened)
-                session.close()
-                self._open[component] = encoder.session
-            encoders.append(encoder)
-        return PromptEncoder(encoders)
-
-
-def _remedy(component: str) -> str:
-    if component.startswith(("controlnet", "unet_control")):
-        return "Export the checkpoint again with --controlnet PATH."
-    if component == "taesd_decoder":
-        return "Export the checkpoint again with --taesd PATH."
-    if component == "safety_checker":
-        return "Export a checkpoint that has one, or draw without it."
-    return "Export the checkpoint again."
+        Raises:
+            UsageError: LoRAs have changed them since.
+        """
+        if encoder is not self._encoder:
+            raise UsageError(
+                "loras: expected the pipeline that the last with_loras returned, got one from before. Its networks "
+                "went over: draw with that one."
+            )

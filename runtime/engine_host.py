@@ -6,15 +6,18 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 from .cache_folder import cache_folder
 from .cuda_device import Device
 from .cuda_lanes import Lanes
 from .engine_choice import HeldEngine
 from .engine_loading import load_engine
+from .engine_sidecar import EngineSidecar
 from .kernel_cache import KernelCache
 from .machine import Machine, probe_machine
 from .manifest import Manifest, check_files
+from .residency_plan import ComponentMemory, residency
 from .tensorrt_session import TensorRTSession
 
 
@@ -31,14 +34,15 @@ class EngineHost:
     Attributes:
         lanes: how many calls may run at the same time, each with activation memory of its own.
         graphs: capture CUDA graphs.
-        weight_budget: bytes of the U-Net's weights that stay on the device, with weight streaming; None keeps all.
+        weight_budget: bytes of the U-Net's weights that stay on the device, with weight streaming; `room` for as many
+            as the device has room for, None for all.
         open_device: opens the GPU.
         look: at the machine.
     """
 
     lanes: int = 1
     graphs: bool = True
-    weight_budget: int | None = None
+    weight_budget: int | Literal["room"] | None = None
     open_device: Callable[[], Device] = _first_gpu
     look: Callable[[], Machine] = probe_machine
     _whole: set[tuple[str, int, int]] = field(default_factory=set, init=False, repr=False)
@@ -89,9 +93,24 @@ class EngineHost:
             self.device,
             graphs=self.graphs,
             kernels=kernels,
-            weight_budget=self.weight_budget if held.record.component == "unet" else None,
+            weight_budget=self._budget(held.record.component, sidecar),
         )
         return TensorRTSession(loaded, device=self.device, lanes=self.shared)
+
+    def _budget(self, component: str, sidecar: EngineSidecar) -> int | None:
+        """Bytes of an engine's weights that stay on the device: of the U-Net as `residency_plan` has it."""
+        if component != "unet":
+            return None
+        if self.weight_budget != "room":
+            return self.weight_budget
+        part = ComponentMemory(
+            component,
+            weights=sidecar.weight_bytes or 0,
+            activation=(sidecar.activation_bytes or 0) * self.lanes,
+            tensors=(sidecar.tensor_bytes or 0) * self.lanes,
+        )
+        # Of the memory that is free, CUDA has had its own already.
+        return residency("stream", [part], context=0, memory=self.device.memory()[0]).budget
 
     def _check(self, held: HeldEngine, manifest: Manifest) -> None:
         """Compare an engine with the manifest: it runs code. Once, as long as its file stays what it was."""

@@ -6,7 +6,7 @@ them (`latentrt build --refit`), by the names that the graph's initializers have
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,39 @@ import numpy as np
 from .engine_sidecar import EngineSidecar
 from .errors import BackendError, UsageError
 from .graph_weights import stripped_weights
+from .precisions import QUANTIZED
 from .specs import Array
 
-# NumPy has no bfloat16: its 16 bits.
-_DTYPES = {"FLOAT": np.dtype(np.float32), "HALF": np.dtype(np.float16), "BF16": np.dtype(np.uint16)}
+# NumPy has no bfloat16 and no float8: their bits. What is quantized is only ever filled in as it was.
+_DTYPES = {
+    "FLOAT": np.dtype(np.float32),
+    "HALF": np.dtype(np.float16),
+    "BF16": np.dtype(np.uint16),
+    "INT8": np.dtype(np.int8),
+    "FP8": np.dtype(np.uint8),
+}
 _NAMED = 3
 _ENGINE = "engine"
 
 
-def check_refittable(sidecar: EngineSidecar, names: Iterable[str], *, bundle: Path) -> None:
+def no_refit(component: str, precision: str, bundle: Path) -> str:
+    """Why a quantized engine takes no new weights, and what to do."""
+    return (
+        f"{component}: expected an engine in half precision to refit, got {precision}: new weights need new scales, "
+        "which are part of the engine. Calibrate with the LoRAs in the weights: "
+        f"latentrt calibrate {bundle} --precision {precision} --lora NAME:SCALE; or draw with --precision fp16."
+    )
+
+
+def check_refittable(sidecar: EngineSidecar, names: Collection[str], *, bundle: Path) -> None:
     """Hold weights to those that an engine's sidecar says it takes; nothing is loaded for it.
 
     Raises:
-        UsageError: the engine was built without refit, or not for all of these weights; says how to build one.
+        UsageError: the engine was built without refit, or not for all of these weights, or is quantized; says how to
+            have one with other weights.
     """
+    if sidecar.precision in QUANTIZED and names:
+        raise UsageError(no_refit(sidecar.component, sidecar.precision, bundle))
     if sidecar.refit == "all":
         return
     if missing := sorted(set(names) - set(sidecar.refittable)):

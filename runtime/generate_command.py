@@ -83,12 +83,15 @@ def generate(
     width: Annotated[int | None, typer.Option(help=SIZE_HELP)] = None,
     height: Annotated[int | None, typer.Option(help=SIZE_HELP)] = None,
     precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16, mixed; default the first the bundle holds.")
+        str | None, typer.Option(help="fp32, fp16, mixed, int8, fp8; default the first of these held.")
     ] = None,
     backend: Annotated[str, typer.Option(help="auto, onnxruntime, cuda, tensorrt or tensorrt_rtx.")] = "auto",
     residency: Annotated[
         str, typer.Option(help="What stays in memory: all, swap (one network at a time), stream (TensorRT), auto.")
     ] = "all",
+    warm_up: Annotated[
+        bool, typer.Option("--warm-up", help="First draw a step of this size, so that no picture pays for start-up.")
+    ] = False,
     clip_skip: Annotated[int, typer.Option(help="Layers of the text encoder left out at the end: 0 none.")] = 0,
     negative_clip_skip: Annotated[int, typer.Option(help="Likewise for the negative prompt.")] = 0,
     embedding: Annotated[
@@ -230,7 +233,7 @@ def generate(
         "textual_inversions": embedding or (),
         "loras": read_loras(lora or ()),
     }
-    report = drawing.run(bundle, loading, settings, refiner, refiner_switch)
+    report = drawing.run(bundle, loading, settings, refiner, refiner_switch, warm_up=warm_up)
     if as_json:
         print(json.dumps(report))
     else:
@@ -262,6 +265,8 @@ class _Drawing:
         settings: dict[str, Any],
         refiner: Path | None,
         switch: float,
+        *,
+        warm_up: bool,
     ) -> dict[str, Any]:
         from rich.progress import Progress
 
@@ -274,7 +279,14 @@ class _Drawing:
             pipe = Pipeline.load(bundle, **loading)
             second = None if refiner is None else Pipeline.load(refiner, **{**loading, "loras": ()})
             loaded = time.perf_counter()
-            task = bar.add_task("sampling", total=None)
+            task = bar.add_task("warming up" if warm_up else "sampling", total=None)
+            if warm_up:
+                size = {name: settings[name] for name in ("width", "height", "guidance")}
+                for each in (pipe, second):
+                    if each is not None:
+                        each.warm_up(**size, batch=self.batch)
+                bar.update(task, description="sampling")
+            warm = time.perf_counter()
 
             def on_step(step: Any) -> None:
                 bar.update(task, completed=step.index + 1, total=step.total)
@@ -287,7 +299,8 @@ class _Drawing:
                 else:
                     result = pipe(text, on_step=on_step, deadline=self.deadline, **settings)
                 self._save(result, text, index * self.batch)
-            return self._report(pipe, loaded - started, time.perf_counter() - loaded, vram.peak)
+            seconds = {"load": loaded - started, "warm_up": warm - loaded, "draw": time.perf_counter() - warm}
+            return self._report(pipe, seconds, vram.peak)
 
     def _show(self, step: Any) -> None:
         from .image import save_picture
@@ -312,7 +325,7 @@ class _Drawing:
                 line["nsfw_content_detected"] = result.nsfw_content_detected[offset]
             self.written.append(line)
 
-    def _report(self, pipe: Pipeline, load: float, draw: float, vram: VramPeak) -> dict[str, Any]:
+    def _report(self, pipe: Pipeline, seconds: dict[str, float], vram: VramPeak) -> dict[str, Any]:
         return {
             "pictures": self.written,
             "precision": pipe.precision,
@@ -321,8 +334,9 @@ class _Drawing:
             "residency": pipe.residency,
             "notes": pipe.notes,
             "vram": {"peak_bytes": vram.nbytes, "of": vram.of, "reason": vram.reason},
-            "load_seconds": round(load, 3),
-            "seconds": round(draw, 3),
+            "load_seconds": round(seconds["load"], 3),
+            "warm_up_seconds": round(seconds["warm_up"], 3),
+            "seconds": round(seconds["draw"], 3),
         }
 
 

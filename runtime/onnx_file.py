@@ -38,6 +38,7 @@ DTYPES: Mapping[int, np.dtype[Any]] = {
     7: np.dtype("<i8"),
     9: np.dtype("?"),
     11: np.dtype("<f8"),
+    17: np.dtype("u1"),  # float8 E4M3, which NumPy lacks: its bits
 }
 
 

@@ -122,21 +122,24 @@ class Pipeline:
 
         Its networks go over: draw with the result from now on, and not with this one. Those that do not change stay
         open; the others are opened again with ONNX Runtime, and refitted where they run from engines built for it
-        (`latentrt build --refit lora`). No run may be under way.
+        (`latentrt build --refit lora`). Runs under way in other threads are waited for, and those that begin meanwhile
+        wait.
 
         Args:
             loras: of the bundle, by name, with scales or each with its own.
 
         Raises:
-            UsageError: the bundle holds none of that name, a scale is not finite, or an engine takes no new weights.
+            UsageError: the bundle holds none of that name, a scale is not finite, an engine takes no new weights, the
+                U-Net is quantized and was calibrated with others, or this thread has a run under way.
             ArtifactError: a LoRA is damaged, or was added for another model.
             BackendError: the backend failed.
         """
         model = self.model
-        changed = model.components.set_loras(loras)
-        if changed <= {"unet"}:
-            return self
-        return replace(self, model=replace(model, prompt_encoder=model.components.prompt_encoder(model.inversions)))
+        with model.components.gate.alone():
+            changed = model.components.set_loras(loras)
+            if changed <= {"unet"}:
+                return self
+            return replace(self, model=replace(model, prompt_encoder=model.components.prompt_encoder(model.inversions)))
 
     @property
     def precision(self) -> str:
@@ -236,6 +239,12 @@ class Pipeline:
         the request is checked when the first step is asked for.
         """
         request = request_of(prompt, settings)
+        components = self.model.components
+        with components.gate.run():
+            components.check_encoder(self.model.prompt_encoder)
+            return (yield from self._steps(request, deadline))
+
+    def _steps(self, request: Request, deadline: float | None) -> Generator[StepInfo, None, Result]:
         model, began = self.model, time.perf_counter()
         if request.guidance is None:
             request = request.replace(guidance=model.facts.default_guidance)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 # TensorRT keeps the first logger that a process hands it and ignores all later ones, so there is one per flavour.
-_LOGGERS: dict[str, Any] = {}
+_LOGGERS: dict[Any, Any] = {}
 # A large build draws some thousands of lines; a server runs for months.
 _KEPT = 20_000
 _ERRORS = ("ERROR", "INTERNAL_ERROR")
@@ -15,7 +15,7 @@ _ERRORS = ("ERROR", "INTERNAL_ERROR")
 
 def shared_logger(trt: Any) -> Any:
     """The process's logger of a flavour; `messages` holds the latest (severity, text), to be emptied before a build."""
-    if trt.__name__ not in _LOGGERS:
+    if trt not in _LOGGERS:
 
         class Log(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
@@ -27,8 +27,8 @@ def shared_logger(trt: Any) -> Any:
                 if severity != trt.ILogger.Severity.VERBOSE:
                     self.messages.append((severity.name, text))
 
-        _LOGGERS[trt.__name__] = Log()
-    return _LOGGERS[trt.__name__]
+        _LOGGERS[trt] = Log()
+    return _LOGGERS[trt]
 
 
 def error_text(messages: Iterable[tuple[str, str]]) -> str:

@@ -18,9 +18,9 @@ from latentrt.export.build_rates import (
 )
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "plan-activation.json"
-UNET = BuildWork("tensorrt_rtx", "unet", parameters=859_520_964, nodes=1501)
-VAE = BuildWork("tensorrt_rtx", "vae_decoder", parameters=49_490_199, nodes=291)
-SDXL = BuildWork("tensorrt_rtx", "unet", parameters=2_567_463_684, nodes=4011)
+UNET = BuildWork("tensorrt_rtx", "unet", parameters=859_520_964, weight_bytes=1_719_042_944, nodes=1501)
+VAE = BuildWork("tensorrt_rtx", "vae_decoder", parameters=49_490_199, weight_bytes=98_980_398, nodes=291)
+SDXL = BuildWork("tensorrt_rtx", "unet", parameters=2_567_463_684, weight_bytes=5_134_928_896, nodes=4011)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,18 @@ def test_the_shipped_rates_are_near_the_builds_they_came_from(case: str, work: B
     assert expected_seconds(work) == pytest.approx(seconds, rel=0.1)
     built = json.loads(RESULTS.read_text())["cases"][case]["builder"]
     assert expected_peak_bytes(work) == pytest.approx(built["peak_bytes"], rel=0.1)
-    assert expected_engine_bytes(work, built["weight_bytes"]) == pytest.approx(built["engine_bytes"], rel=0.01)
+    assert expected_engine_bytes(work) == pytest.approx(built["engine_bytes"], rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_memory_and_disk_of_int8_builds_go_by_its_own_bytes(family: str, precision: str) -> None:
+    """By parameters, an int8 build of SD 1.5 would be foretold with 1.5 times its memory."""
+    built = json.loads((RESULTS.parent / "build-cpu.json").read_text())["families"][family][f"{precision} sm89"]
+    fp16 = UNET if family == "sd1" else SDXL
+    work = dataclasses.replace(fp16, weight_bytes=built["weight_bytes"])
+    assert expected_peak_bytes(work) == pytest.approx(built["peak_bytes"], rel=0.1)
+    assert expected_engine_bytes(work) == pytest.approx(built["engine_bytes"], rel=0.02)
 
 
 def test_a_build_on_this_machine_corrects_them(tmp_path: Path) -> None:
@@ -50,7 +61,7 @@ def test_a_build_on_this_machine_corrects_them(tmp_path: Path) -> None:
 
 
 def test_what_was_never_measured_is_not_known_until_it_was(tmp_path: Path) -> None:
-    work = BuildWork("tensorrt", "unet", parameters=10**8, nodes=500)
+    work = BuildWork("tensorrt", "unet", parameters=10**8, weight_bytes=2 * 10**8, nodes=500)
     record_build(tmp_path, BuildFacts(UNET, 40.0, 1))
     assert (expected_seconds(work, tmp_path), expected_peak_bytes(work, tmp_path)) == (None, None)
     record_build(tmp_path, BuildFacts(work, 600.0, 1))
@@ -59,7 +70,7 @@ def test_what_was_never_measured_is_not_known_until_it_was(tmp_path: Path) -> No
 
 
 def test_every_profile_is_compiled_anew() -> None:
-    once, twice = (expected_seconds(BuildWork("tensorrt_rtx", "unet", 10**9, 1500, profiles=n)) for n in (1, 2))
+    once, twice = (expected_seconds(dataclasses.replace(UNET, profiles=count)) for count in (1, 2))
     assert once is not None
     assert twice == pytest.approx(2 * once, rel=0.02)
 

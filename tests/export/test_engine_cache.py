@@ -17,8 +17,9 @@ import pytest
 from engine_bundle import build_once, make_bundle
 
 from latentrt.export import engine_cache, engine_jobs, engine_making, scratch_files
+from latentrt.export.build_options import BuildOptions
 from latentrt.export.engine_cache import LIMIT_VARIABLE, entry_folders, find_engine, key_lock, limit_bytes
-from latentrt.export.engine_jobs import BuildOptions, build_engines
+from latentrt.export.engine_jobs import build_engines
 from latentrt.export.engine_making import BUILT, FROM_CACHE, UP_TO_DATE, EngineResult
 from latentrt.runtime.cache_folder import VARIABLE
 from latentrt.runtime.errors import UsageError
@@ -231,7 +232,8 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from latentrt.export import engine_making
-from latentrt.export.engine_jobs import BuildOptions, build_engines
+from latentrt.export.build_options import BuildOptions
+from latentrt.export.engine_jobs import build_engines
 folder, bundle = Path(sys.argv[1]), Path(sys.argv[2])
 real = engine_making.build_engine
 def slow(*args, **kwargs):
@@ -300,7 +302,8 @@ KILLED_IN_WRITING = """
 import os, signal, sys
 from pathlib import Path
 from latentrt.export import engine_store
-from latentrt.export.engine_jobs import BuildOptions, build_engines
+from latentrt.export.build_options import BuildOptions
+from latentrt.export.engine_jobs import build_engines
 engine_store._move_in = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 build_engines(Path(sys.argv[1]), BuildOptions(target="sm89", components=("vae_decoder",), size="64"))
 """

@@ -20,9 +20,10 @@ import pytest
 from engine_bundle import FLOAT, build_once, decoder_graph, make_bundle, put_graph, unet_graph
 
 from latentrt.export import engine_jobs, engine_store, lora_bundle
+from latentrt.export.build_options import BuildOptions
 from latentrt.export.engine_builder import build_engine
 from latentrt.export.engine_config import EngineConfig
-from latentrt.export.engine_jobs import BuildOptions, build_engines
+from latentrt.export.engine_jobs import build_engines
 from latentrt.export.engine_making import EngineJob
 from latentrt.export.engine_memory import planned_vram
 from latentrt.runtime.cache_folder import VARIABLE
@@ -320,8 +321,10 @@ def test_mixed_types_are_refused_before_the_parser(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"precision": "int8"}, "expected unet in int8"),
-        ({"precision": "int8", "components": None}, "expected graphs in int8, found fp16"),
+        ({"precision": "int8"}, "expected unet in int8, found fp16. Run: latentrt calibrate"),
+        # Not the text encoder alone, which would take part in half precision.
+        ({"precision": "int8", "components": None}, "expected unet in int8, found fp16. Run: latentrt calibrate"),
+        ({"precision": "fp32", "components": None}, "expected graphs in fp32, found fp16. Run: latentrt export"),
         ({"components": ("controlnet",)}, "expected controlnet in fp16, found text_encoder, unet, vae_decoder"),
         ({"size": "60"}, "multiples of 8"),
         ({"batch": "0"}, "rising numbers from 1"),

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from latentrt.export.build_options import BuildOptions
 from latentrt.export.engine_builder import build_engine
 from latentrt.export.engine_config import EngineConfig
-from latentrt.export.engine_jobs import BuildOptions, build_engines
+from latentrt.export.engine_jobs import build_engines
 from latentrt.export.engine_thinning import thin_engine
 from latentrt.runtime.engine_sidecar import ShapeProfile, read_sidecar
 from latentrt.runtime.errors import ArtifactError

@@ -113,7 +113,7 @@ def test_the_table_has_every_component_and_policy(tmp_path: Path, capsys: pytest
         (["--vram", "rtx 4061"], "a card such as RTX 4060"),
         (["--vram", "8"], "expected a size such as 8GB"),
         (["--size", "100"], "multiples of 8"),
-        (["--precision", "int8"], "expected graphs in int8"),
+        (["--precision", "int8"], "expected unet in int8, found fp16. Run: latentrt calibrate"),
         (["--flavour", "onnx"], "expected auto, tensorrt or tensorrt_rtx"),
     ],
 )

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from latentrt.export.engine_jobs import BuildOptions
+from latentrt.export.build_options import BuildOptions
 from latentrt.export.plan_cards import Card, card_of, parse_card, sizes_in_trade
 from latentrt.export.plan_fit import fits_on, ways_to_fit
 from latentrt.runtime.errors import UsageError

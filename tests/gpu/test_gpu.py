@@ -22,7 +22,8 @@ import pytest
 from engine_bundle import make_bundle
 from onnx import numpy_helper
 
-from latentrt.export.engine_jobs import BuildOptions, build_engines
+from latentrt.export.build_options import BuildOptions
+from latentrt.export.engine_jobs import build_engines
 from latentrt.runtime.backends import open_session
 from latentrt.runtime.bound_inputs import freeze
 from latentrt.runtime.bundle import open_bundle

@@ -297,13 +297,23 @@ def test_weights_are_streamed_by_full_tensorrt_alone(
 ) -> None:
     full = FakeTensorRT(device, name="tensorrt", version=VERSION)
     monkeypatch.setattr(engine_loading, "import_flavour", lambda flavour: full)
-    put_engine(bundle, "unet", "fp16", flavour="tensorrt", weight_bytes=4 << 20)
+    put_engine(bundle, "unet", "fp16", flavour="tensorrt", weight_bytes=4 << 20, activation_bytes=1 << 16)
     device.total = 3 << 20
     with pytest.raises(BackendError, match="unet: weights: expected"):
         opened(bundle, device, "tensorrt")
     session = opened(bundle, device, "tensorrt", weight_budget=1 << 20)
     session(feeds(shapes()))
     assert device.weights == 1 << 20
+    session.close()
+    # As the plan has it: what the activations of every lane leave of the free memory.
+    session = opened(bundle, device, "tensorrt", weight_budget="room", lanes=2)
+    session(feeds(shapes()))
+    assert device.weights == (3 << 20) - 2 * (1 << 16)
+    session.close()
+    device.total = 64 << 20
+    session = opened(bundle, device, "tensorrt", weight_budget="room")
+    session(feeds(shapes()))
+    assert device.weights == 4 << 20
     session.close()
     put_engine(bundle, "unet", "fp16", size="128")
     with pytest.raises(BackendError, match="full TensorRT to stream weights, got tensorrt_rtx"):

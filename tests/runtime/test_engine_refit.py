@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from engine_bundle import unet_graph
 from numpy.typing import NDArray
-from onnx import numpy_helper, save
+from onnx import TensorProto, helper, numpy_helper, save
 
 from latentrt.runtime.engine_refit import check_refittable, fill, refit
 from latentrt.runtime.errors import ArtifactError, BackendError, UsageError
@@ -45,7 +45,13 @@ class FakeEngine:
 class FakeRefitter:
     """Checks what TensorRT's checks; weights are in the engine when it was refitted, not before."""
 
-    NAMES: ClassVar[dict[str, str]] = {"float32": "FLOAT", "float16": "HALF", "uint16": "BF16"}
+    NAMES: ClassVar[dict[str, str]] = {
+        "float32": "FLOAT",
+        "float16": "HALF",
+        "uint16": "BF16",
+        "int8": "INT8",
+        "uint8": "FP8",
+    }
 
     def __init__(self, engine: FakeEngine, logger: Any) -> None:
         self.engine, self.given = engine, dict[str, bytes]()
@@ -155,13 +161,26 @@ def test_bfloat16_as_its_bits() -> None:
     assert engine.weights[TEXT] == np.arange(4, dtype=np.uint16).tobytes()
 
 
+@pytest.mark.parametrize(("onnx_type", "stored"), [(TensorProto.INT8, np.int8), (TensorProto.FLOAT8E4M3FN, np.uint8)])
+def test_a_quantized_engine_without_weights_is_filled_bit_for_bit(onnx_type: int, stored: Any, tmp_path: Path) -> None:
+    content = bytes(range(0, 256, 2))
+    tensor = TensorProto(name=TEXT, dims=[16, 8], data_type=onnx_type, raw_data=content)
+    save(helper.make_model(helper.make_graph([], "quantized", [], [], [tensor])), tmp_path / "model.onnx")
+    engine = FakeEngine({TEXT: np.zeros((16, 8), stored)})
+    fill(TRT, engine, tmp_path / "model.onnx", None)
+    assert engine.weights[TEXT] == content
+
+
 def test_a_sidecar_tells_before_anything_is_loaded() -> None:
-    def sidecar(refit: str, *names: str) -> Any:
-        return SimpleNamespace(component="unet", refit=refit, refittable=names)
+    def sidecar(refit: str, *names: str, precision: str = "fp16") -> Any:
+        return SimpleNamespace(component="unet", precision=precision, refit=refit, refittable=names)
 
     check_refittable(sidecar("individual", TEXT, KERNEL), [TEXT], bundle=Path("b"))
     check_refittable(sidecar("all"), [TEXT], bundle=Path("b"))
     with pytest.raises(UsageError, match=r"without refit.*latentrt build b --components unet --refit lora"):
         check_refittable(sidecar("none"), [TEXT], bundle=Path("b"))
+    with pytest.raises(UsageError, match=r"unet: .*got int8.*new scales.*latentrt calibrate b --precision int8 --lora"):
+        check_refittable(sidecar("all", precision="int8"), [TEXT], bundle=Path("b"))
+    check_refittable(sidecar("none", precision="int8"), [], bundle=Path("b"))
     with pytest.raises(UsageError, match=r"conv_in.weight.*for 1 others"):
         check_refittable(sidecar("individual", TEXT), [TEXT, KERNEL], bundle=Path("b"))

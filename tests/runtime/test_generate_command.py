@@ -56,6 +56,29 @@ def test_several_pictures_get_numbers(shapes_bundle: Path, tmp_path: Path, capsy
     assert sorted(p.name for p in tmp_path.glob("*.png")) == [f"p-0{i}.png" for i in range(4)]
 
 
+def test_a_warm_up_draws_a_step_of_the_size_and_changes_no_picture(
+    shapes_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentrt.runtime import Pipeline
+
+    warmed: list[dict[str, Any]] = []
+    warm_up = Pipeline.warm_up
+
+    def noted(pipe: Pipeline, **settings: Any) -> None:
+        warmed.append(settings)
+        warm_up(pipe, **settings)
+
+    monkeypatch.setattr(Pipeline, "warm_up", noted)
+    words = ["generate", str(shapes_bundle), PROMPT, "--steps", "2", "--width", "64", "--height", "64", "--json"]
+    for name, option in (("cold", []), ("warm", ["--warm-up", "--guidance", "3"])):
+        code, out, _ = run(capsys, *words, "-o", str(tmp_path / f"{name}.png"), "--guidance", "3", *option)
+        assert code == 0
+        assert json.loads(out)["warm_up_seconds"] >= 0
+    assert warmed == [{"width": 64, "height": 64, "guidance": 3.0, "batch": 1}]
+    cold, warm = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("cold", "warm"))
+    np.testing.assert_array_equal(warm, cold)
+
+
 def test_quiet_where_nobody_watches(shapes_bundle: Path, tmp_path: Path) -> None:
     """No progress bar in a log, and nothing but JSON on stdout."""
     done = subprocess.run(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from latentrt.runtime.components import Components
 from latentrt.runtime.errors import UsageError
 from latentrt.runtime.generate_options import read_loras
 from latentrt.runtime.graph_weights import GraphWeights
+from latentrt.runtime.lora_store import open_loras
+from latentrt.runtime.lora_weights import lora_notes
+from latentrt.runtime.manifest import update_manifest
 from latentrt.runtime.picture_metadata import read_metadata
 from latentrt.runtime.picture_text import bundle_digest
 from latentrt.runtime.specs import Array
@@ -113,6 +118,86 @@ def test_a_swap_that_fails_leaves_the_pipeline_as_it_was(bundle: Path, loras: di
         pipe.with_loras(loras)
     np.testing.assert_array_equal(draw(pipe), before)
     assert [active.lora.name for active in pipe.model.components.loras] == ["detail"]
+
+
+def test_a_swap_while_others_draw(bundle: Path) -> None:
+    """Threads that draw see one LoRA or the other, never a mixture and never a network that is gone."""
+    pipe = Pipeline.load(bundle, precision="fp32")
+    base = draw(pipe)
+    detailed = draw(pipe.with_loras(["detail"]))
+    with ThreadPoolExecutor(2) as pool:
+        drawn = [pool.submit(draw, pipe) for _ in range(6)]
+        for loras in ([], ["detail"], []):
+            assert pipe.with_loras(loras) is pipe
+        found = [future.result() for future in drawn]
+    assert all(np.array_equal(latents, base) or np.array_equal(latents, detailed) for latents in found)
+    np.testing.assert_array_equal(draw(pipe), base)
+
+
+def test_a_pipeline_whose_text_encoder_went_over_says_so(bundle: Path) -> None:
+    pipe = Pipeline.load(bundle, precision="fp32")
+    run = pipe.stream(PROMPT, **DRAWING)
+    next(run)
+    with pytest.raises(UsageError, match="run under way in this thread"):
+        pipe.with_loras(["style"])
+    run.close()
+    styled = pipe.with_loras(["style"])
+    with pytest.raises(UsageError, match="the last with_loras returned"):
+        draw(pipe)
+    draw(styled)
+
+
+def calibrated(bundle: Path, folder: Path, loras: Mapping[str, float]) -> Path:
+    """A bundle that says of its fp32 U-Net that it is an int8 one, calibrated with LoRAs."""
+    copy = Path(shutil.copytree(bundle, folder / "int8.bundle"))
+    opened = open_bundle(copy)
+    assert opened.manifest is not None
+    unet = opened.manifest.artifact("unet", "fp32")
+    assert unet is not None
+    notes = lora_notes(open_loras(opened, loras))
+    quantized = dataclasses.replace(unet, precision="int8", inputs={"loras": notes})
+    update_manifest(copy, lambda held: dataclasses.replace(held, artifacts=(*held.artifacts, quantized)))
+    return copy
+
+
+def test_what_was_calibrated_with_a_lora_draws_with_it_unasked(bundle: Path, tmp_path: Path) -> None:
+    copy = calibrated(bundle, tmp_path, {"style": 0.5})
+    pipe = Pipeline.load(copy, precision="int8")
+    result = pipe(PROMPT, **DRAWING)
+    assert 'Lora: "style:0.5"' in result.parameters[0] or "Lora: style:0.5" in result.parameters[0]
+    assert any("calibrated with LoRA style:0.5" in note for note in pipe.notes)
+    # The weights of the U-Net are those of the graph; the text encoder has the LoRA's.
+    components = pipe.model.components
+    plain = Components(open_bundle(copy), "fp32")
+    feeds = {"sample": np.ones((1, 4, 8, 8), np.float32), "timestep": np.full(1, 5, np.float32)}
+    feeds["encoder_hidden_states"] = np.ones((1, 77, 64), np.float32)
+    np.testing.assert_array_equal(components["unet"](feeds)["out_sample"], plain["unet"](feeds)["out_sample"])
+    tokens = {"input_ids": np.arange(77, dtype=np.int64)[None]}
+    styled = Components(open_bundle(copy), "fp16", loras={"style": 0.5})
+    texts = [part["text_encoder"](tokens)["last_hidden_state"] for part in (components, styled)]
+    np.testing.assert_array_equal(texts[0], texts[1])
+    unet = components["unet"]
+    assert pipe.with_loras({"style": 0.5}).model.components["unet"] is unet
+
+
+@pytest.mark.parametrize(
+    ("made_with", "wanted", "message"),
+    [
+        ({}, {"detail": 1.0}, r"calibrated with, none, got detail:1\. .*latentrt calibrate .* --lora detail:1"),
+        ({"style": 0.5}, {"style": 0.8}, r"with, style:0\.5, got style:0\.8\. int8 weights cannot be changed"),
+        ({"style": 0.5, "detail": 1.0}, {"detail": 1.0, "style": 0.5}, "got detail:1, style:0.5"),
+    ],
+)
+def test_other_loras_than_it_was_calibrated_with(
+    bundle: Path, tmp_path: Path, made_with: dict[str, float], wanted: dict[str, float], message: str
+) -> None:
+    copy = calibrated(bundle, tmp_path, made_with)
+    with pytest.raises(UsageError, match=message):
+        Components(open_bundle(copy), "int8", loras=wanted)
+    components = Components(open_bundle(copy), "int8")
+    with pytest.raises(UsageError, match=message):
+        components.set_loras(wanted)
+    assert [active.lora.name for active in components.loras] == list(made_with)
 
 
 class Refitted:

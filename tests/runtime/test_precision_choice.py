@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from latentrt.runtime.backends import open_session
+from latentrt.runtime.backends import choose_graph, default_precision, open_session
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.components import PICTURES, Components
 from latentrt.runtime.errors import BackendError, UsageError
-from latentrt.runtime.manifest import Artifact, Manifest
+from latentrt.runtime.manifest import Artifact, EngineRecord, Manifest
 
 
 def bundle_of(**held: str) -> Bundle:
@@ -76,3 +77,51 @@ def test_what_is_not_held_says_what_is() -> None:
     bundle = bundle_of(text_encoder="fp32", unet="fp32", vae_decoder="fp32")
     with pytest.raises(UsageError, match=r"expected unet in fp16, found \['fp32'\]"):
         Components(bundle, "fp16", verify=False)["unet"]
+
+
+def test_a_quantized_unet_draws_with_the_others_in_half_precision() -> None:
+    bundle = bundle_of(text_encoder="fp32 fp16", unet="fp32 int8 fp16", vae_decoder="fp32 mixed", vae_encoder="fp32")
+    parts = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+    assert [bundle.precision_of(part, "int8") for part in parts] == ["fp16", "int8", "mixed", "fp32"]
+    # Nobody gets it who has not asked for it.
+    assert bundle.precisions() == ["fp32", "fp16", "int8"]
+    assert default_precision(bundle, backend="auto") == "fp32"
+    assert default_precision(bundle, backend="tensorrt") == "fp16"
+    both = bundle_of(text_encoder="fp16", unet="fp16 int8", vae_decoder="fp16 int8")
+    assert both.precision_of("vae_decoder", "int8") == "int8"
+
+
+def test_a_decoder_alone_makes_no_quantized_run() -> None:
+    bundle = bundle_of(text_encoder="fp16", unet="fp16", vae_decoder="fp16 int8")
+    assert bundle.precisions() == ["fp16"]
+    with pytest.raises(UsageError, match=r"unet in int8, found \['fp16'\]\. Run: latentrt calibrate made\.bundle"):
+        Components(bundle, "int8", verify=False)["unet"]
+    # Beside a quantized U-Net, a text encoder is for the export to make.
+    bare = bundle_of(text_encoder="bf16", unet="fp16 int8", vae_decoder="fp16")
+    with pytest.raises(UsageError, match=r"text_encoder in int8, found \['bf16'\]\. Run: latentrt export .* fp16"):
+        Components(bare, "int8", verify=False)["text_encoder"]
+
+
+def test_engines_in_int8_are_what_is_drawn_with_where_they_alone_were_built() -> None:
+    bundle = bundle_of(text_encoder="fp16", unet="fp16 int8", vae_decoder="fp16")
+    assert bundle.manifest is not None
+    engine = EngineRecord("unet", "int8", "unet/e.engine", "unet/e.json", "k", "tensorrt", ("sm89",))
+    held = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, engines=(engine,)))
+    assert default_precision(held, backend="tensorrt") == "int8"
+    assert default_precision(held, backend="onnxruntime") == "fp16"
+    other = dataclasses.replace(engine, precision="fp16")
+    two = dataclasses.replace(bundle.manifest, engines=(engine, other))
+    assert default_precision(dataclasses.replace(bundle, manifest=two), backend="tensorrt") == "fp16"
+
+
+def test_onnx_runtime_takes_the_graph_that_was_quantized_for_it() -> None:
+    bundle = bundle_of(text_encoder="fp16", unet="fp16 int8", vae_decoder="fp16")
+    assert bundle.manifest is not None
+    plain = choose_graph(bundle, "unet", "int8", backend="onnxruntime")
+    # `latentrt optimize` has nothing for it.
+    assert (plain.target, "latentrt" in plain.reason) == ("", False)
+    own = Artifact("unet", "int8", "unet/model.int8.cpu.onnx", (), 20, "", {}, {}, 0, target="cpu")
+    manifest = dataclasses.replace(bundle.manifest, artifacts=(*bundle.manifest.artifacts, own))
+    held = dataclasses.replace(bundle, manifest=manifest)
+    assert choose_graph(held, "unet", "int8", backend="onnxruntime").target == "cpu"
+    assert choose_graph(held, "unet", "int8", backend="cuda").target == ""

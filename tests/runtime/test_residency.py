@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from latentrt.runtime import Hires, Pipeline, Result, residency
-from latentrt.runtime import components as components_module
+from latentrt.runtime import Hires, Pipeline, Result, component_opening, residency
 from latentrt.runtime.backends import open_session
 from latentrt.runtime.bundle import open_bundle
 from latentrt.runtime.cli import main
@@ -80,7 +79,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     def opened(bundle: Any, component: str, precision: str, **options: Any) -> Session:
         return count.watch(component, open_session(bundle, component, precision, **options))
 
-    monkeypatch.setattr(components_module, "open_session", opened)
+    monkeypatch.setattr(component_opening, "open_session", opened)
     return count
 
 

@@ -1,0 +1,210 @@
+"""A calibration from planned layers to a verified quantized network in its bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from latentrt.runtime.errors import CalibrationError
+
+from .apply import Applied, apply_plan
+from .calibration_options import CalibrateOptions, drawn_by
+from .measuring import measuring
+from .plan import Plan
+from .plan_file import load_plan, plan_key
+from .planning import plan_items, selected
+from .preparing import Prepared, Progress, Say, captured_part, prompts_for
+from .prompts import PromptSplit
+from .report_plots import Frontier
+from .search import Choice, Trial, best, spare_db
+from .solver import frontier
+from .source import Source, open_source
+from .stages import FOLDER
+from .verification import Outcome, Verification, outcomes, save_verification
+from .verify import verify_plan
+
+VERIFICATION = "verification.json"
+# A plan that misses a budget on the held-out prompts is chosen anew with so much more in hand, and so often.
+_AGAIN, _MORE_DB = 2, 0.3
+# Captured calls that the graphs are run on before they are put into the bundle.
+_CASES = 2
+# Points of the solver's frontier that are kept for the report.
+_OFFERED = 60
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """What came of a calibration.
+
+    Attributes:
+        plan: that was applied.
+        trials: plans that were measured on the way, the last search's.
+        applied: the graphs in the bundle.
+        verification: on held-out prompts.
+        folder: of the verification, with its pictures.
+        reserve_db: that had to be kept of the budgets for held-out prompts to hold them.
+        frontier: plans that the solver offers: share of the macs, predicted dB, and measured dB or None.
+    """
+
+    plan: Plan
+    trials: tuple[Trial, ...]
+    applied: Applied
+    verification: Verification
+    folder: Path
+    reserve_db: float
+    frontier: Frontier
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """What became of the budgets."""
+        return outcomes(self.verification)
+
+    @property
+    def met(self) -> bool:
+        """Whether all budgets are held."""
+        return all(outcome.met for outcome in self.outcomes)
+
+
+def calibrate(
+    prepared: Prepared,
+    *,
+    say: Say = lambda _text: None,
+    on_progress: Progress = lambda _text, _share: None,
+) -> Calibrated:
+    """Find the cheapest plan that meets the budgets, apply it, and verify it on held-out prompts.
+
+    Raises:
+        CalibrationError: no plan meets the budgets; says how near the nearest came, and what limits it.
+        UsageError, ArtifactError, BackendError: as `preparing.prepare` and `apply.apply_plan`.
+    """
+    options, plan = prepared.options, prepared.plan
+    reserve = 0.0
+    with measuring(prepared, say=say, on_progress=on_progress) as bench:
+        for left in reversed(range(_AGAIN + 1)):
+            trials = bench.search(options.budgets, reserve_db=reserve)
+            chosen = best(trials)
+            if chosen is None:
+                raise CalibrationError(out_of_reach(trials))
+            made = {"predicted_db": chosen.choice.predicted_db, "reserve_db": reserve}
+            made_of = selected(plan, chosen.choice.chosen, made=made)
+            result = _apply_and_verify(prepared, made_of, trials, reserve, say, on_progress)
+            missing = max((-spare_db(each.budget, each.value) for each in result.outcomes if not each.met), default=0.0)
+            if result.met or not left:
+                break
+            reserve += missing + _MORE_DB
+            say(f"held-out prompts miss a budget by {missing:.1f} dB: searching again with that much more in hand")
+    return result
+
+
+def quantize_all(
+    prepared: Prepared,
+    *,
+    say: Say = lambda _text: None,
+    on_progress: Progress = lambda _text, _share: None,
+) -> Calibrated:
+    """Quantize all that can be, whatever becomes of the budgets, and verify it; for comparison.
+
+    Raises: as `calibrate`, but for budgets.
+    """
+    return _apply_and_verify(prepared, prepared.plan, (), 0.0, say, on_progress)
+
+
+def verify_edited(
+    bundle: Path,
+    path: Path,
+    options: CalibrateOptions,
+    *,
+    say: Say = lambda _text: None,
+    on_progress: Progress = lambda _text, _share: None,
+) -> Calibrated:
+    """Apply a plan from a file, which may have been edited, and verify it.
+
+    Args:
+        bundle: that holds the plan's graph.
+        path: of the plan.
+        options: what is drawn, and what budgets it is held to; its component and kind are the plan's.
+
+    Raises:
+        CalibrationError: the plan is for another graph or with other LoRAs, or not consistent.
+        UsageError, ArtifactError, BackendError: as `preparing.prepare`.
+    """
+    plan = load_plan(path)
+    source = open_source(bundle, component=plan.component, loras=options.loras)
+    split = prompts_for(options)
+    return apply_and_verify(source, plan, options, split, say=say, on_progress=on_progress)
+
+
+def apply_and_verify(
+    source: Source,
+    plan: Plan,
+    options: CalibrateOptions,
+    prompts: PromptSplit,
+    *,
+    say: Say = lambda _text: None,
+    on_progress: Progress = lambda _text, _share: None,
+) -> Calibrated:
+    """Put a plan's graphs into the bundle and measure them on held-out prompts.
+
+    Args:
+        source: the network that the plan is for.
+        plan: chosen, or edited by hand.
+        options: of the calibration.
+        prompts: of which those of the verification are drawn.
+
+    Raises: as `apply.apply_plan` and `verify.verify_plan`.
+    """
+    predicted = captured_part(source, options, prompts, "verification", say=say, on_progress=on_progress)
+    cases = {f"captured call {index + 1}": call.feeds for index, call in enumerate(islice(predicted.calls(), _CASES))}
+    applied = apply_plan(source, plan, cases=cases, report=say)
+    folder = source.bundle.path / FOLDER / source.component / f"verification-{plan.kind}"
+    verification = verify_plan(
+        drawn_by(options, prompts, "verification", source.bundle.path),
+        folder,
+        budgets=options.budgets,
+        plan=plan_key(plan),
+        component=source.component,
+        tested=plan.kind,
+        judge=options.judge,
+        lpips=options.lpips,
+        calls=predicted.calls(),
+        calls_key=predicted.key,
+        on_progress=lambda what, done, total: on_progress(what, done / max(total, 1)),
+    )
+    save_verification(folder / VERIFICATION, verification)
+    return Calibrated(plan, (), applied, verification, folder, 0.0, ())
+
+
+def out_of_reach(trials: Sequence[Trial]) -> str:
+    """Why no plan that was measured meets the budgets, and how near the nearest came."""
+    nearest = max(trials, key=lambda trial: trial.spare_db)
+    metric, size = nearest.limiting.metric, len(nearest.choice.chosen)
+    return (
+        f"budget: expected {nearest.limiting}, got {nearest.values[metric]:.4g} from the nearest of {len(trials)} "
+        f"plans, which quantizes {size} layers, {nearest.choice.gain:.1%} of the cost. Ask for less than that, or "
+        "keep the network in fp16."
+    )
+
+
+def _apply_and_verify(
+    prepared: Prepared, plan: Plan, trials: Sequence[Trial], reserve_db: float, say: Say, progress: Progress
+) -> Calibrated:
+    result = apply_and_verify(prepared.source, plan, prepared.options, prepared.split, say=say, on_progress=progress)
+    offered = frontier_of(prepared, trials)
+    return dataclasses.replace(result, trials=tuple(trials), reserve_db=reserve_db, frontier=offered)
+
+
+def frontier_of(prepared: Prepared, trials: Sequence[Trial]) -> Frontier:
+    """The plans that the solver offers, every so many of them, and those that were measured."""
+    macs = {layer.name: layer.macs for layer in prepared.plan.layers}
+
+    def share(choice: Choice) -> float:
+        return sum(macs[name] for name in choice.chosen)
+
+    offered = [choice for choice in frontier(plan_items(prepared.plan, prepared.layers)) if choice.chosen]
+    kept = offered[:: max(1, len(offered) // _OFFERED)]
+    measured = [(share(t.choice), t.choice.predicted_db, t.values["noise_db"]) for t in trials if t.choice.chosen]
+    offers = [(share(choice), choice.predicted_db, None) for choice in kept]
+    return tuple(sorted([*offers, *measured], key=lambda mix: mix[:2]))

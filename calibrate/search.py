@@ -1,0 +1,149 @@
+"""Find the cheapest mix of precisions that meets budgets, by measuring as few plans as possible.
+
+A solver knows what noise a plan adds to the guided prediction and what it saves, but not what a noise does to
+pictures. That relation is steep and smooth: in decibels it is close to a line of slope one. So a plan is measured, the
+noise allowed is moved by what was missing or left, and again, between the best that failed and the worst that held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from latentrt.runtime.errors import CalibrationError
+
+from .budget import Budget
+
+# A plan that meets its budgets with no more than this to spare is not improved further.
+TOLERANCE_DB = 0.5
+ROUNDS = 4
+# Kept in hand when a step is taken by the slope, which is not exactly one.
+_MARGIN_DB = 0.2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a solver proposes for a limit of noise.
+
+    Attributes:
+        chosen: names of the layers to quantize.
+        noise: predicted, as a share of the guided prediction's power.
+        gain: what it saves, as a share of the cost of all layers.
+    """
+
+    chosen: frozenset[str]
+    noise: float
+    gain: float
+
+    @property
+    def predicted_db(self) -> float:
+        """Signal over predicted noise, dB."""
+        return -10 * math.log10(self.noise) if self.noise > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan that was measured.
+
+    Attributes:
+        choice: the plan.
+        values: what was measured, by metric.
+        spare_db: by how much noise could grow until a budget is missed; negative where one is.
+        limiting: the budget with the least to spare.
+    """
+
+    choice: Choice
+    values: Mapping[str, float]
+    spare_db: float
+    limiting: Budget
+
+    @property
+    def met(self) -> bool:
+        """Whether all budgets are."""
+        return self.spare_db >= 0
+
+
+def search(
+    solve: Callable[[float], Choice],
+    budgets: Sequence[Budget],
+    measure: Callable[[Choice], Mapping[str, float]],
+    *,
+    rounds: int = ROUNDS,
+    reserve_db: float = 0.0,
+) -> tuple[Trial, ...]:
+    """Measure plans until one meets all budgets with little to spare, or rounds are used up.
+
+    The first takes whatever can be quantized; a plan is not measured twice.
+
+    Args:
+        solve: the best plan within a limit of noise, a share of the guided prediction's power.
+        budgets: all to be met.
+        measure: a plan, giving the values of the budgets' metrics.
+        rounds: plans to measure at most; twice as many as long as none meets the budgets.
+        reserve_db: to be left of every budget, for what other pictures were found to need.
+
+    Returns:
+        In the order in which they were measured; `best` picks one.
+
+    Raises:
+        CalibrationError: a measured value is NaN.
+    """
+    trials: list[Trial] = []
+    choice = solve(math.inf)
+    # In decibels of predicted noise: the most that held, and the least that did not.
+    low, high = -math.inf, math.inf
+    while len(trials) < (rounds if best(trials) else 2 * rounds):
+        if any(choice.chosen == trial.choice.chosen for trial in trials):
+            break
+        trial = _judged(choice, budgets, measure(choice), reserve_db)
+        trials.append(trial)
+        if not choice.chosen or (trial.met and (len(trials) == 1 or trial.spare_db <= TOLERANCE_DB)):
+            break
+        level = -choice.predicted_db
+        low, high = (max(low, level), high) if trial.met else (low, min(high, level))
+        wanted = level + trial.spare_db - _MARGIN_DB
+        if not low < wanted < high:
+            wanted = (low + high) / 2
+        choice = solve(10 ** (wanted / 10))
+    return tuple(trials)
+
+
+def best(trials: Sequence[Trial]) -> Trial | None:
+    """The trial that saves most of those that met the budgets; None if none did."""
+    met = [trial for trial in trials if trial.met]
+    return max(met, key=lambda trial: trial.choice.gain) if met else None
+
+
+def _judged(choice: Choice, budgets: Sequence[Budget], values: Mapping[str, float], reserve_db: float) -> Trial:
+    for budget in budgets:
+        if math.isnan(values[budget.metric]):
+            raise CalibrationError(
+                f"{budget.metric}: expected a number, got NaN from the measurement. Check the pictures in fp32."
+            )
+    spares = {budget: spare_db(budget, values[budget.metric]) for budget in budgets}
+    limiting = min(budgets, key=lambda budget: spares[budget])
+    return Trial(choice, dict(values), spares[limiting] - reserve_db, limiting)
+
+
+def spare_db(budget: Budget, value: float) -> float:
+    """By how many decibels noise may grow until a budget is missed; negative where it has to shrink.
+
+    PSNR and SQNR are decibels of noise. 1 - SSIM grows with the noise's power, FLIP with its amplitude, LPIPS a little
+    faster than its power; a line through the bound is right where it matters. A share of right pictures says nothing
+    of how much: infinite where the budget is met, and a step of 3 dB where not.
+    """
+    bound = budget.bound
+    if budget.metric in ("psnr", "sqnr"):
+        return value - bound
+    if budget.metric == "ssim":
+        return _ratio_db(1 - bound, 1 - value)
+    if budget.metric == "flip":
+        return 2 * _ratio_db(bound, value)
+    if budget.metric == "lpips":
+        return _ratio_db(bound, value)
+    return math.inf if budget.met(value) else -3.0
+
+
+def _ratio_db(bound: float, value: float) -> float:
+    return 10 * math.log10(bound / value) if value > 0 else math.inf

@@ -1,0 +1,119 @@
+"""A bundle whose networks are watched or replaced while it draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from latentrt.runtime.bundle import Bundle
+from latentrt.runtime.components import Components
+from latentrt.runtime.lora_store import Wanted
+from latentrt.runtime.model_facts import read_facts, read_schedules
+from latentrt.runtime.opened_model import Model
+from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.specs import Array, ModelSpec, Session
+
+# Called after every call of a network: the component, its inputs and its outputs by name.
+Seen = Callable[[str, Mapping[str, Array], Mapping[str, Array]], None]
+# Given a component and what opens the bundle's own session of it, the session to use.
+Wrap = Callable[[str, Callable[[], Session]], Session]
+
+
+class _Watched:
+    """A session that tells of its calls."""
+
+    def __init__(self, session: Session, component: str, seen: Seen) -> None:
+        self._session, self._component, self._seen = session, component, seen
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._session.spec
+
+    @property
+    def backend(self) -> str:
+        return self._session.backend
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        answer = self._session(feeds)
+        self._seen(self._component, feeds, answer)
+        return answer
+
+    def close(self) -> None:
+        self._session.close()
+
+
+class _WrappedComponents(Components):
+    """A bundle's networks, each as `wrap` gives it."""
+
+    def __init__(
+        self, bundle: Bundle, precision: str, wrap: Wrap, *, backend: str, verify: bool, loras: Wanted
+    ) -> None:
+        super().__init__(bundle, precision, backend=backend, verify=verify, loras=loras)
+        self._wrap = wrap
+        self._wrapped: dict[str, Session] = {}
+
+    def __getitem__(self, component: str) -> Session:
+        if component not in self._wrapped:
+            self._wrapped[component] = self._wrap(component, partial(super().__getitem__, component))
+        return self._wrapped[component]
+
+
+def wrapped_pipeline(
+    bundle: Bundle,
+    precision: str,
+    wrap: Wrap,
+    *,
+    backend: str = "onnxruntime",
+    verify: bool = True,
+    loras: Wanted = (),
+) -> Pipeline:
+    """A pipeline whose networks are what `wrap` makes of them.
+
+    Args:
+        bundle: with the artifacts that may run.
+        precision: of the run.
+        wrap: called once for every network, when it is first needed.
+        backend: as in `Pipeline.load`; so are `verify` and `loras`.
+
+    Raises:
+        UsageError, ArtifactError, ConfigError, BackendError: as `Pipeline.load`.
+    """
+    components = _WrappedComponents(bundle, precision, wrap, backend=backend, verify=verify, loras=loras)
+    schedules = read_schedules(bundle)
+    return Pipeline(
+        name=bundle.path.name if bundle.manifest is None else bundle.manifest.name,
+        model=Model(
+            components=components,
+            prompt_encoder=components.prompt_encoder(),
+            facts=read_facts(bundle),
+            schedules=schedules,
+            default_sampler=str(schedules.own.class_name),
+        ),
+    )
+
+
+def watched_pipeline(
+    bundle: Bundle,
+    precision: str,
+    seen: Seen,
+    *,
+    backend: str = "onnxruntime",
+    verify: bool = True,
+    loras: Wanted = (),
+) -> Pipeline:
+    """A pipeline that tells of every call of its networks.
+
+    Args:
+        bundle: with the artifacts that may run.
+        precision: of the run.
+        seen: what is told. Arrays are the run's own: they must not be changed.
+        backend: as in `Pipeline.load`; so are `verify` and `loras`.
+
+    Raises:
+        UsageError, ArtifactError, ConfigError, BackendError: as `Pipeline.load`.
+    """
+
+    def watched(component: str, opened: Callable[[], Session]) -> Session:
+        return _Watched(opened(), component, seen)
+
+    return wrapped_pipeline(bundle, precision, watched, backend=backend, verify=verify, loras=loras)
