@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import onnx_ir as ir
 
@@ -17,6 +16,7 @@ from latentrt.export.tool_versions import tool_versions
 from latentrt.runtime.bundle import open_bundle
 from latentrt.runtime.errors import ArtifactError, CalibrationError, UsageError
 from latentrt.runtime.manifest import Artifact, key_of, sha256_of
+from latentrt.runtime.precisions import QUANTIZED
 from latentrt.runtime.session import OnnxSession
 
 from .layer_quant import Kind
@@ -39,7 +39,7 @@ class Adopted:
 
 
 def adopt_graph(
-    bundle_path: Path, component: str, graph: Path, precision: Kind, *, cases: Mapping[str, Feeds] | None = None
+    bundle_path: Path, component: str, graph: Path, precision: str, *, cases: Mapping[str, Feeds] | None = None
 ) -> Adopted:
     """Put a quantized graph into a bundle, for every runtime, in the place of those of that precision.
 
@@ -50,7 +50,7 @@ def adopt_graph(
         bundle_path: holds the component in fp32.
         component: such as unet.
         graph: the .onnx file, its external data beside it.
-        precision: int8 or fp8, as the graph's weights are stored.
+        precision: int8 or fp8, as the graph's weights are stored; int8w if nothing else is quantized.
         cases: inputs to compare it with the fp32 graph on, by a name for the record; noise by default.
 
     Raises:
@@ -58,8 +58,8 @@ def adopt_graph(
         ArtifactError: the file or the bundle is missing or damaged.
         CalibrationError: the graph is not of this component, is not quantized, or not as TensorRT takes it; says how.
     """
-    if precision not in get_args(Kind):
-        raise UsageError(f"precision: expected {' or '.join(get_args(Kind))}, got {precision!r}.")
+    if precision not in QUANTIZED:
+        raise UsageError(f"precision: expected one of {', '.join(QUANTIZED)}, got {precision!r}.")
     bundle = open_bundle(bundle_path)
     base = bundle.manifest.artifact(component, PRECISION) if bundle.manifest is not None else None
     reference = bundle.graph(component, PRECISION)
@@ -115,7 +115,7 @@ def _loaded(graph: Path) -> ir.Model:
         raise ArtifactError(f"{graph}: expected an ONNX graph, got {err}.") from err
 
 
-def _checked(model: ir.Model, graph: Path, precision: Kind) -> Placement:
+def _checked(model: ir.Model, graph: Path, precision: str) -> Placement:
     """Have the graph be quantized, to what it is said to be, as TensorRT takes it."""
     foreign = sorted({node.domain for node in model.graph if node.domain})
     if foreign:
@@ -129,8 +129,11 @@ def _checked(model: ir.Model, graph: Path, precision: Kind) -> Placement:
     stored = {
         value.dtype for node in model.graph for value in node.inputs[:1] if node.op_type == "DequantizeLinear" and value
     }
-    if not placement.quantized or STORED[precision] not in stored:
+    weight_only = precision == "int8w"
+    kind: Kind = "fp8" if precision == "fp8" else "int8"
+    if bool(placement.quantized) == weight_only or STORED[kind] not in stored:
         found = ", ".join(sorted(dtype.name.lower() for dtype in stored if dtype is not None)) or "nothing quantized"
+        found += " with inputs in floats" if stored and not placement.quantized else ""
         raise CalibrationError(f"{graph}: expected layers in {precision}, got {found}.")
     return placement
 

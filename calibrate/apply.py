@@ -50,9 +50,9 @@ class Applied:
     reason: str
 
 
-def plan_path(component: str, kind: str) -> str:
+def plan_path(component: str, precision: str) -> str:
     """Where a bundle keeps a plan: `unet/int8.plan.json`."""
-    return f"{component}/{kind}.plan.json"
+    return f"{component}/{precision}.plan.json"
 
 
 def apply_plan(
@@ -91,17 +91,17 @@ def apply_plan(
     reason = "forced" if force else _reason(path, manifest, plan, inputs)
     if reason:
         _check_disk(path, source)
-        report(f"{plan.component}: {plan.kind}")
+        report(f"{plan.component}: {plan.precision}")
         with staging_folder(path) as folder:
             artifacts = _make(source, plan, keep, inputs, folder, cases)
-            files = save_plan(plan, folder / plan_path(plan.component, plan.kind))
+            files = save_plan(plan, folder / plan_path(plan.component, plan.precision))
             report("moving the graphs into place")
             put_in(path, folder, artifacts, [file.relative_to(folder).as_posix() for file in files])
         manifest = load_manifest(path)
-    half, full = (manifest.artifact(plan.component, plan.kind, target) for target in ("", CPU))
+    half, full = (manifest.artifact(plan.component, plan.precision, target) for target in ("", CPU))
     if half is None or full is None:
         raise CalibrationError(f"{path}: another process changed {plan.component} meanwhile. Run the command again.")
-    return Applied(half, full, path / plan_path(plan.component, plan.kind), reason)
+    return Applied(half, full, path / plan_path(plan.component, plan.precision), reason)
 
 
 def kept_tensors(manifest: Manifest, component: str) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ def _inputs(source: Source, plan: Plan, keep: tuple[str, ...], target: str) -> d
     """What a graph is made from, for its key."""
     return {
         "component": plan.component,
-        "precision": plan.kind,
+        "precision": plan.precision,
         "target": target,
         "made_from": dict(source.files),
         "plan": plan_key(plan),
@@ -127,10 +127,10 @@ def _inputs(source: Source, plan: Plan, keep: tuple[str, ...], target: str) -> d
 
 
 def _reason(bundle: Path, manifest: Manifest, plan: Plan, inputs: Mapping[str, Mapping[str, Any]]) -> str:
-    path = Path(plan_path(plan.component, plan.kind))
+    path = Path(plan_path(plan.component, plan.precision))
     others = [path.as_posix(), arrays_path(path).as_posix()]
     for target, wanted in inputs.items():
-        held = manifest.artifact(plan.component, plan.kind, target)
+        held = manifest.artifact(plan.component, plan.precision, target)
         if held is None:
             return "new"
         if held.key != key_of(wanted):
@@ -161,14 +161,14 @@ def _make(
     cases: Mapping[str, Feeds] | None,
 ) -> list[Artifact]:
     plain = graph_path(plan.component, PRECISION)
-    names = {CPU: target_path(plain, plan.kind, CPU), "": graph_path(plan.component, plan.kind)}
+    names = {CPU: target_path(plain, plan.precision, CPU), "": graph_path(plan.component, plan.precision)}
     written = write_graphs(source, plan, [folder / name for name in names.values()], cases=cases, keep=keep)
     base = load_manifest(source.bundle.path).artifact(plan.component, PRECISION)
     assert base is not None
     return [
         Artifact(
             component=plan.component,
-            precision=plan.kind,
+            precision=plan.precision,
             path=names[target],
             files=tuple(file.relative_to(folder).as_posix() for file in graph.files),
             opset=base.opset,

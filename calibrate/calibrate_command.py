@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from .layer_quant import Kind
 
 _NUMBERS, _DRAWING, _SEARCH = "How numbers are chosen", "What is drawn", "How layers are chosen"
-# Kind, and whether only weights are quantized.
+# By precision of a bundle: kind, and whether only weights are quantized.
 _KINDS: Mapping[str, tuple[Kind, bool]] = {
     "int8": ("int8", False),
     "fp8": ("fp8", False),
-    "int8-weights": ("int8", True),
+    "int8w": ("int8", True),
 }
 
 
@@ -42,7 +42,9 @@ def calibrate(
     prompts: Annotated[
         str, typer.Option(help="everyday or shapes, the project's own sets, or a file with a prompt a line.")
     ] = "everyday",
-    precision: Annotated[str, typer.Option(help="int8, fp8, or int8-weights: inputs stay as they are.")] = "int8",
+    precision: Annotated[
+        str, typer.Option(help="int8, fp8, or int8w: weights alone, for what computes int8 no faster.")
+    ] = "int8",
     component: Annotated[str, typer.Option(help="unet or vae_decoder.")] = "unet",
     report: Annotated[Path | None, typer.Option(help="Write a page with pictures and plots.")] = None,
     sensitivity: Annotated[
@@ -103,7 +105,10 @@ def calibrate(
     ] = False,
     times: Annotated[
         Path | None,
-        typer.Option(help="JSON of layer times in seconds; without it layers cost MACs.", rich_help_panel=_SEARCH),
+        typer.Option(
+            help="JSON of layer times in seconds; without it layers cost MACs, or weights in int8w.",
+            rich_help_panel=_SEARCH,
+        ),
     ] = None,
     solver: Annotated[str, typer.Option(help="milp or greedy.", rich_help_panel=_SEARCH)] = "milp",
     rounds: Annotated[int, typer.Option(help="Plans to measure.", rich_help_panel=_SEARCH)] = 4,
@@ -136,7 +141,7 @@ def calibrate(
 
     kind, weight_only = _kind(precision)
     if adopt is not None:
-        adopted = adopt_graph(bundle, component, adopt, kind)
+        adopted = adopt_graph(bundle, component, adopt, precision)
         tell_adopted(bundle, adopted, as_json=as_json)
         return
     pixels = read_size("size", size)

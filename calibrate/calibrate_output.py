@@ -29,7 +29,7 @@ def tell(bundle: Path, result: Calibrated, report: Path | None, *, as_json: bool
         content: dict[str, Any] = {
             "bundle": str(bundle),
             "component": plan.component,
-            "precision": plan.kind,
+            "precision": plan.precision,
             "met": result.met,
             "budgets": [
                 {"budget": str(each.budget), "value": each.value, "interval": each.interval, "floor": each.floor}
@@ -62,7 +62,7 @@ def tell(bundle: Path, result: Calibrated, report: Path | None, *, as_json: bool
         ("precision", "PSNR", "SSIM", "FLIP", "LPIPS", "SQNR, guided", "prompt accuracy"),
         _figure_rows(verification),
     )
-    log(f"{plan.kind}: {quantized} of {len(plan.layers)} layers, {share:.1%} of the multiplications")
+    log(f"{plan.precision}: {quantized} of {len(plan.layers)} layers, {share:.1%} of the multiplications")
     for outcome in result.outcomes:
         log(str(outcome))
     log(f"graphs: {result.applied.half.path} for TensorRT, {result.applied.full.path} for ONNX Runtime")

@@ -133,6 +133,7 @@ def verify_edited(
     """
     plan = load_plan(path)
     source = open_source(bundle, component=plan.component, loras=options.loras)
+    options = dataclasses.replace(options, component=plan.component)
     split = prompts_for(options)
     return apply_and_verify(source, plan, options, split, say=say, on_progress=on_progress)
 
@@ -159,14 +160,14 @@ def apply_and_verify(
     predicted = captured_part(source, options, prompts, "verification", say=say, on_progress=on_progress)
     cases = {f"captured call {index + 1}": call.feeds for index, call in enumerate(islice(predicted.calls(), _CASES))}
     applied = apply_plan(source, plan, cases=cases, report=say)
-    folder = source.bundle.path / FOLDER / source.component / f"verification-{plan.kind}"
+    folder = source.bundle.path / FOLDER / source.component / f"verification-{plan.precision}"
     verification = verify_plan(
         drawn_by(options, prompts, "verification", source.bundle.path),
         folder,
         budgets=options.budgets,
         plan=plan_key(plan),
         component=source.component,
-        tested=plan.kind,
+        tested=plan.precision,
         judge=options.judge,
         lpips=options.lpips,
         calls=predicted.calls(),

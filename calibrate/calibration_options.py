@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latentrt.runtime.errors import UsageError
+from latentrt.runtime.precisions import CALIBRATED
 
 from .budget import DEFAULT_BUDGET, Budget, parse_budgets
 from .capture import DEFAULT_TIMESTEPS, CaptureOptions
@@ -116,7 +117,10 @@ def captured_by(options: CalibrateOptions, split: PromptSplit, part: Part) -> Ca
 
 
 def drawn_by(options: CalibrateOptions, split: PromptSplit, part: Part, bundle: Path) -> Drawing:
-    """What is drawn of a part."""
+    """What is drawn of a part.
+
+    A U-Net is seen in a run as it will be, another network by itself.
+    """
     return Drawing(
         bundle=bundle,
         prompts=getattr(split, part),
@@ -124,4 +128,5 @@ def drawn_by(options: CalibrateOptions, split: PromptSplit, part: Part, bundle: 
         settings=options.settings,
         loras=options.loras,
         backend=options.backend,
+        component=None if options.component == CALIBRATED[0] else options.component,
     )

@@ -11,10 +11,9 @@ from typing import Any
 
 from latentrt.runtime.errors import CalibrationError, UsageError
 
-from .layer_quant import Kind
 from .layers import Layer
 
-MACS = "MACs"
+MACS, WEIGHTS = "MACs", "weights"
 _NAMED = 5
 
 
@@ -24,28 +23,31 @@ class Costs:
 
     Attributes:
         gains: by layer, as a share of the cost of all of them; negative where quantizing makes a layer slower.
-        basis: what the cost is, for people: MACs, or the file of the times.
+        basis: what the cost is, for people: MACs, weights, or the file of the times.
     """
 
     gains: dict[str, float]
     basis: str
 
 
-def layer_costs(layers: Sequence[Layer], times: Path | None = None, *, kind: Kind = "int8") -> Costs:
+def layer_costs(layers: Sequence[Layer], times: Path | None = None, *, precision: str = "int8") -> Costs:
     """The gain of every layer.
 
     Without times it is the layer's share of the multiplications, which is right where kernels are limited by
-    arithmetic and all gain the same.
+    arithmetic and all gain the same; of int8w, which reads less and computes as before, its share of the weights.
 
     Args:
         layers: of the graph.
         times: a JSON file, {layer: {"fp16": seconds, "int8": seconds}}, of all layers that can be quantized.
-        kind: what layers are quantized to.
+        precision: of the quantized layers.
 
     Raises:
         UsageError: the file cannot be read.
         CalibrationError: it lacks a layer, or a time is no positive number.
     """
+    if times is None and precision == "int8w":
+        counts = {layer.name: layer.inputs * layer.outputs * layer.taps for layer in layers}
+        return Costs({name: count / sum(counts.values()) for name, count in counts.items()}, WEIGHTS)
     if times is None:
         return Costs({layer.name: layer.share for layer in layers}, MACS)
     try:
@@ -63,7 +65,7 @@ def layer_costs(layers: Sequence[Layer], times: Path | None = None, *, kind: Kin
     halves = {name: _seconds(times, name, content[name], "fp16") for name in wanted}
     total = math.fsum(halves.values())
     gains = {layer.name: 0.0 for layer in layers}
-    gains |= {name: (half - _seconds(times, name, content[name], kind)) / total for name, half in halves.items()}
+    gains |= {name: (half - _seconds(times, name, content[name], precision)) / total for name, half in halves.items()}
     return Costs(gains, str(times))
 
 

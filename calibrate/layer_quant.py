@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 Kind = Literal["int8", "fp8"]
 
 
+def precision_of(kind: Kind, *, weight_only: bool) -> str:
+    """What a bundle calls networks with layers of a kind: int8, fp8, or int8w where weights alone are rounded."""
+    return f"{kind}w" if weight_only else kind
+
+
 @dataclass(frozen=True, eq=False)
 class LayerQuant:
     """A layer y = W x + b as it is computed: W' Q(x / v) + b + c, with W' the quantized W v.

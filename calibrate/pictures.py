@@ -6,13 +6,15 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from latentrt.runtime.bundle import open_bundle
+from latentrt.export.recording import replaced_pipeline
+from latentrt.runtime.backends import choose_graph, open_session
+from latentrt.runtime.bundle import open_bundle, pipeline_files
 from latentrt.runtime.errors import ArtifactError, UsageError
 from latentrt.runtime.image import Pictures, save_png
 from latentrt.runtime.lora_store import open_loras
@@ -20,6 +22,7 @@ from latentrt.runtime.lora_weights import lora_notes
 from latentrt.runtime.manifest import key_of, write_atomic
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.precisions import usable_precisions
+from latentrt.runtime.specs import Session
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 
@@ -40,6 +43,8 @@ class Drawing:
         loras: of the bundle, by name, with scales or None for each one's own.
         backend: as `Pipeline.load` has it.
         batch: pictures that are drawn side by side.
+        component: that alone is in the precision to draw in, while the others are in fp32, so that what is seen is its
+            own effect; None for all that a run in that precision takes.
     """
 
     bundle: Path
@@ -49,6 +54,7 @@ class Drawing:
     loras: Mapping[str, float | None] = field(default_factory=dict)
     backend: str = "onnxruntime"
     batch: int = 4
+    component: str | None = None
 
     def __post_init__(self) -> None:
         """Check what needs no bundle.
@@ -80,7 +86,7 @@ class Drawing:
         files = {
             name
             for artifact in manifest.artifacts
-            if artifact.precision in usable_precisions(artifact.component, precision)
+            if artifact.precision in self._precisions(artifact.component, precision)
             for name in artifact.files
         }
         return key_of(
@@ -91,8 +97,40 @@ class Drawing:
                 "settings": self.settings,
                 "loras": self.lora_notes,
                 "backend": self.backend,
+                "component": self.component,
             }
         )
+
+    def session(self, component: str, precision: str) -> Session:
+        """A network alone, in a precision or what stands in for it.
+
+        Raises:
+            UsageError: the bundle lacks it.
+            ArtifactError: a file of it is missing, damaged or changed.
+            BackendError: the backend cannot be used here.
+        """
+        bundle = open_bundle(self.bundle)
+        held = bundle.precision_of(component, precision) or precision
+        target = choose_graph(bundle, component, held, backend=self.backend).target
+        bundle.check(pipeline_files(bundle, held, [component], target))
+        return open_session(bundle, component, held, backend=self.backend)
+
+    def pipeline(self, precision: str) -> Pipeline:
+        """What draws in a precision.
+
+        Raises: as `Pipeline.load`.
+        """
+        if self.component is None:
+            return Pipeline.load(self.bundle, precision=precision, backend=self.backend, loras=self.loras)
+        own = partial(self.session, self.component, precision)
+        return replaced_pipeline(
+            open_bundle(self.bundle), REFERENCE, self.component, own, backend=self.backend, loras=self.loras
+        )
+
+    def _precisions(self, component: str, precision: str) -> tuple[str, ...]:
+        """Those in which a network may take part."""
+        moved = self.component in (None, component)
+        return usable_precisions(component, precision if moved else REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -123,10 +161,10 @@ def draw(
     if record is None or missing:
         # A checker that blackens both pictures would make them equal.
         settings = {**drawing.settings, "safety_checker": False}
-        with Pipeline.load(
-            drawing.bundle, precision=precision, backend=drawing.backend, loras=drawing.loras
-        ) as pipeline:
-            record = {"precisions": pipeline.precisions, "backend": pipeline.backend}
+        with drawing.pipeline(precision) as pipeline:
+            backend = pipeline.backend
+            own = {} if drawing.component is None else {drawing.component: precision}
+            record = {"precisions": {**pipeline.precisions, **own}, "backend": backend}
             write_keyed(folder / _RECORD, key, record)
             for start in range(0, len(missing), drawing.batch):
                 on_progress(f"draw {precision}", total - len(missing) + start, total)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .layer_quant import Kind, LayerQuant
+from .layer_quant import Kind, LayerQuant, precision_of
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,12 @@ class Plan:
     vectors: Mapping[str, NDArray[np.float32]]
     corrections: Mapping[str, NDArray[np.float32]]
     made: Mapping[str, Any]
+
+    @property
+    def precision(self) -> str:
+        """What a bundle calls the network: `kind`, or int8w where weights alone are quantized."""
+        scales = [layer.scale for layer in self.layers if layer.quantized]
+        return precision_of(self.kind, weight_only=bool(scales) and all(scale is None for scale in scales))
 
     def quants(self) -> dict[str, LayerQuant]:
         """What is quantized, by layer."""

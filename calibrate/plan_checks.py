@@ -38,6 +38,8 @@ def check_consistent(plan: Plan) -> None:
         raise _wrong(
             bare.name, "a scale, as the other layers that are quantized have", "none", "Set `quantized` to false."
         )
+    if quantized and not scaled and plan.kind != "int8":
+        raise _wrong(quantized[0].name, f"a scale: only int8 weights go without, not {plan.kind} ones", "none")
     first: dict[str, LayerPlan] = {}
     for layer in scaled:
         other = first.setdefault(layer.group, layer)

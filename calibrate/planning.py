@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from latentrt.runtime.errors import UsageError
+from latentrt.runtime.errors import CalibrationError, UsageError
 from latentrt.runtime.lora_weights import lora_notes
 
 from .bias_correction import biases_of, choose_corrections
 from .calls import Call
 from .layer_costs import Costs
-from .layer_quant import Kind, LayerQuant
+from .layer_quant import Kind, LayerQuant, precision_of
 from .layers import LEAST_CHANNELS, Layer, layer_weights
 from .plan import LayerPlan, Plan
 from .scales import DEFAULT_PERCENT, Method, choose_scales
@@ -58,11 +58,21 @@ class PlanOptions:
     exact: bool = False
     seed: int = 0
 
+    @property
+    def precision(self) -> str:
+        """What a bundle calls the result."""
+        return precision_of(self.kind, weight_only=self.weight_only)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether anything is chosen by what the layers read."""
+        return self.correct or not self.weight_only
+
 
 def full_plan(
     source: Source,
     layers: tuple[Layer, ...],
-    statistics: Statistics,
+    statistics: Statistics | None,
     costs: Costs,
     options: PlanOptions,
     *,
@@ -73,7 +83,7 @@ def full_plan(
     Args:
         source: the network.
         layers: of its graph, with costs for the size that is drawn.
-        statistics: of its inputs.
+        statistics: of its inputs; None where the options need none.
         costs: of the layers.
         options: how numbers are chosen.
         made: for the record.
@@ -81,13 +91,15 @@ def full_plan(
     Raises:
         CalibrationError: statistics or graph do not fit the network, or a scale is beyond float16.
     """
+    if statistics is None and options.needs_statistics:
+        raise CalibrationError(f"{source.component}: expected statistics of what its layers read, got none.")
     candidates = [layer for layer in layers if layer.quantizable]
     weights = layer_weights(layers, source.wrapper, source.network)
     vectors: Mapping[str, NDArray[np.float32]] = {}
     scales: Mapping[str, float] = {}
     corrections: Mapping[str, NDArray[np.float32]] = {}
     model = load_model(source)
-    if not options.weight_only:
+    if statistics is not None and not options.weight_only:
         if options.smooth:
             sites = smoothing_sites(model, layers)
             vectors = choose_smoothing(candidates, sites, statistics, weights, kind=options.kind)
@@ -104,7 +116,7 @@ def full_plan(
         layer.name: LayerQuant(scales.get(layer.name), vectors.get(layer.group), kind=options.kind)
         for layer in candidates
     }
-    if options.correct:
+    if statistics is not None and options.correct:
         biased = biases_of(model)
         biased_layers = [layer for layer in candidates if layer.name in biased]
         corrections = choose_corrections(biased_layers, statistics, weights, quants)

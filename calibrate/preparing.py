@@ -21,6 +21,7 @@ from latentrt.export.tool_versions import tool_versions
 from latentrt.runtime.errors import BackendError, UsageError
 from latentrt.runtime.manifest import sha256_of
 from latentrt.runtime.model_facts import read_schedules
+from latentrt.runtime.precisions import CALIBRATED
 
 from .budget import check_measurable
 from .calibration_options import CalibrateOptions, Part, captured_by, counts_for
@@ -87,15 +88,18 @@ def prepare(
     source = open_source(bundle, component=options.component, loras=options.loras)
     if not {"fp16", "mixed"} & set(source.bundle.held(options.component)):
         raise UsageError(
-            f"{bundle}: expected {options.component} in fp16 as well, whose noise {options.numbers.kind}'s is compared "
-            f"with, found none. Run: latentrt export CHECKPOINT -o {bundle} --precision fp32,fp16"
+            f"{bundle}: expected {options.component} in fp16 as well, whose noise {options.numbers.precision}'s is "
+            f"compared with, found none. Run: latentrt export CHECKPOINT -o {bundle} --precision fp32,fp16"
         )
     split = prompts_for(options)
     layers = source.layers_at(width=options.settings.get("width"), height=options.settings.get("height"))
     captured = captured_part(source, options, split, "calibration", say=say, on_progress=on_progress)
     for text in captured.notes:
         say(text)
-    statistics, key = _statistics(source, options, layers, captured, say, on_progress)
+    statistics: Statistics | None = None
+    key: str | None = None
+    if options.numbers.needs_statistics:
+        statistics, key = _statistics(source, options, layers, captured, say, on_progress)
     plan, stage = _plan(source, options, layers, captured, statistics, key, say, on_progress)
     return Prepared(source, options, split, layers, captured, plan, stage)
 
@@ -151,7 +155,9 @@ def _statistics(
     progress: Progress,
 ) -> tuple[Statistics, str]:
     steps = len(read_schedules(source.bundle).own.betas)
-    wanted = {"bins": options.bins, "capacity": options.rows, "steps": steps, "seed": options.seed}
+    # What is told no timestep has but one.
+    bins = options.bins if source.component == CALIBRATED[0] else 1
+    wanted = {"bins": bins, "capacity": options.rows, "steps": steps, "seed": options.seed}
     stage = stage_of(
         source.bundle.path,
         source.component,
@@ -160,7 +166,7 @@ def _statistics(
     )
 
     def make(folder: Path) -> Statistics:
-        needed = estimated_bytes(layers, bins=options.bins, capacity=options.rows)
+        needed = estimated_bytes(layers, bins=bins, capacity=options.rows)
         _check_memory(source, needed, "the statistics")
         on_cpu = options.device == "cpu"
         with weights_at_hand(source.network, resident=not on_cpu), captured.consumed() as calls:
@@ -178,12 +184,12 @@ def _plan(
     options: CalibrateOptions,
     layers: tuple[Layer, ...],
     captured: Capture,
-    statistics: Statistics,
-    statistics_key: str,
+    statistics: Statistics | None,
+    statistics_key: str | None,
     say: Say,
     progress: Progress,
 ) -> tuple[Plan, Stage]:
-    costs = layer_costs(layers, options.times, kind=options.numbers.kind)
+    costs = layer_costs(layers, options.times, precision=options.numbers.precision)
     numbers = dataclasses.asdict(options.numbers)
     made: dict[str, Any] = {
         "capture": captured.key,
@@ -202,7 +208,8 @@ def _plan(
             "options": numbers,
             "costs": costs.basis,
             "capture": dict(captured.inputs["options"]),
-            "statistics": {"bins": statistics.bins, "rows": statistics.rows, "capacity": statistics.capacity},
+            "statistics": statistics
+            and {"bins": statistics.bins, "rows": statistics.rows, "capacity": statistics.capacity},
         }
         progress("planning: smoothing and scales", 0.0)
         plan = full_plan(source, layers, statistics, costs, options.numbers, made=record)

@@ -119,7 +119,7 @@ def write_graphs(
     cases = cases or {"noise": probe_feeds(reference.spec)}
     wanted = answers_of(reference, cases)
     full = answers_of(OnnxSession(full_files[0], optimize=False), cases)
-    name = f"{source.component} {plan.kind}"
+    name = f"{source.component} {plan.precision}"
     parity = figures_against(wanted, full, name=f"{name}, float32-typed")
     # That the graph runs as it is, and what it computes where every operator rounds, as on a GPU.
     OnnxSession(half_files[0], optimize=False)(next(iter(cases.values())))

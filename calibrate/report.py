@@ -73,7 +73,8 @@ def page(report: Report) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(report.title)}: {report.plan.kind} calibration</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<title>{escape(report.title)}: {report.plan.precision} calibration</title>\n"
+        f"<style>\n{style}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
@@ -93,7 +94,7 @@ def _headline(report: Report) -> str:
     plan, verification = report.plan, report.verification
     found = outcomes(verification)
     missed = [outcome for outcome in found if not outcome.met]
-    kind, tested = plan.kind, verification.tested
+    kind, tested = plan.precision, verification.tested
     where = "on a GPU" if verification.on_gpu else "on the CPU with ONNX Runtime; not run on a GPU"
     marks = [("good", "met") if outcome.met else ("bad", "missed") for outcome in found]
     lines = [
@@ -186,11 +187,12 @@ def _frontier(report: Report) -> str:
     if not report.frontier:
         return "<h2>Share against quality</h2>\n<p>Not measured: the plan was not chosen by a solver.</p>"
     share, predicted, measured = chosen = chosen_mix(report)
-    words = (
-        f"The chosen plan has {share:.1%} of the multiplications in {report.plan.kind}; predicted {predicted:.1f} dB"
-    )
+    words = f"The chosen plan has {share:.1%} of the multiplications in {report.plan.precision}"
+    words += f"; predicted {predicted:.1f} dB"
     words += "." if measured is None else f", measured {measured:.1f} dB."
-    return f"<h2>Share against quality</h2>\n{plot(frontier_plot(report.frontier, chosen, report.plan.kind), words)}"
+    return (
+        f"<h2>Share against quality</h2>\n{plot(frontier_plot(report.frontier, chosen, report.plan.precision), words)}"
+    )
 
 
 def _layers(report: Report) -> str:

@@ -61,7 +61,7 @@ def layers_plot(plan: Plan) -> str:
     def paint(axes: Axes) -> None:
         worst = noisiest(plan)[:_TOP_LAYERS][::-1]
         total = sum(layer.noise or 0.0 for layer in plan.layers)
-        for quantized, colour, label in ((True, _TESTED, plan.kind), (False, _KEPT, "kept")):
+        for quantized, colour, label in ((True, _TESTED, plan.precision), (False, _KEPT, "kept")):
             chosen = [(row, layer) for row, layer in enumerate(worst) if layer.quantized == quantized]
             heights = [100 * (layer.noise or 0.0) / total for _, layer in chosen]
             axes.barh([row for row, _ in chosen], heights, color=colour, height=0.7, label=label)

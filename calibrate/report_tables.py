@@ -69,6 +69,6 @@ def layers_table(plan: Plan) -> str:
 
 def _layer_row(plan: Plan, layer: LayerPlan, total: float) -> list[str]:
     noise = NOTHING if layer.noise is None else f"{layer.noise / total:.2%}"
-    precision = plan.kind if layer.quantized else "kept"
+    precision = plan.precision if layer.quantized else "kept"
     name, reason = escape(short_name(layer.name)), escape(layer.reason)
     return [name, escape(layer.kind), precision, f"{layer.macs:.2%}", noise, reason]

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from latentrt.export.engine_graph import graph_tensors, load_graph
-from latentrt.export.recording import wrapped_pipeline
+from latentrt.export.recording import replaced_pipeline
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.specs import Array, ModelSpec, Session
+from latentrt.runtime.specs import Array, ModelSpec
 
 from .budget import Budget
 from .calls import Call
@@ -89,14 +89,13 @@ class Bench:
 
     def pipeline(self) -> Pipeline:
         """The bundle in fp32 with the network in PyTorch."""
-
-        def wrap(component: str, opened: Callable[[], Session]) -> Session:
-            if component != self.source.component:
-                return opened()
-            return TorchSession(self.network, graph_spec(self.source), device=self.device)
-
-        return wrapped_pipeline(
-            self.source.bundle, REFERENCE, wrap, backend=self.drawing.backend, loras=self.drawing.loras
+        return replaced_pipeline(
+            self.source.bundle,
+            REFERENCE,
+            self.source.component,
+            lambda: TorchSession(self.network, graph_spec(self.source), device=self.device),
+            backend=self.drawing.backend,
+            loras=self.drawing.loras,
         )
 
 

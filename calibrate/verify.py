@@ -151,6 +151,10 @@ def _noise(
     with contextlib.ExitStack() as stack:
         sessions = {}
         for name in (REFERENCE, *precisions):
+            if drawing.component == component:
+                sessions[name] = drawing.session(component, name)
+                stack.callback(sessions[name].close)
+                continue
             components = Components.open(
                 drawing.bundle, name, backend=drawing.backend, verify=True, loras=drawing.loras
             )

@@ -1,4 +1,4 @@
-"""The whole path on the shapes checkpoint: export, verify, build, generate, score. `make demo` runs it.
+"""The whole path on the shapes checkpoint: export, verify, calibrate, build, generate, score. `make demo` runs it.
 
 Everything goes through the `latentrt` command, as a user would call it; the last lines say where the files are.
 """
@@ -24,7 +24,11 @@ ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "examples" / "shapes"
 PROMPTS = json.loads((ROOT / "examples" / "demo_prompts.json").read_text())
 TARGETS = ("sm86", "sm89", "sm120")
-PRECISIONS = ("fp32", "fp16")
+EXPORTED = ("fp32", "fp16")
+PRECISIONS = (*EXPORTED, "int8")
+DRAWN = ("--sampler", "DPM++ 2M", "--schedule", "karras", "--steps", "20", "--guidance", "5")
+# Fewer prompts than by default, so that the demo takes minutes.
+COUNTS = "16,2,8"
 
 
 def latentrt(*words: str) -> dict[str, Any]:
@@ -39,6 +43,13 @@ def latentrt(*words: str) -> dict[str, Any]:
     return result
 
 
+def build(bundle: Path, precision: str, *more: str) -> list[dict[str, Any]]:
+    """Engines for every target."""
+    done = latentrt("build", str(bundle), "--target", ",".join(TARGETS), "--precision", precision, *more)
+    engines: list[dict[str, Any]] = done["engines"]
+    return engines
+
+
 def generate(bundle: Path, precision: str, folder: Path) -> list[Image.Image]:
     """The demo's prompts, one picture each, in one process."""
     requests = folder / "requests.txt"
@@ -46,8 +57,7 @@ def generate(bundle: Path, precision: str, folder: Path) -> list[Image.Image]:
     requests.write_text("\n".join(request["prompt"] for request in PROMPTS) + "\n")
     latentrt(
         *("generate", str(bundle), "--prompts", str(requests), "-o", str(folder / "picture.png")),
-        *("--precision", precision, "--sampler", "DPM++ 2M", "--schedule", "karras"),
-        *("--steps", "20", "--guidance", "5", "--seed", "42"),
+        *("--precision", precision, *DRAWN, "--seed", "42"),
     )
     return [Image.open(folder / f"picture-{index:02}.png") for index in range(len(PROMPTS))]
 
@@ -60,9 +70,13 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     bundle = out / "shapes.bundle"
 
-    latentrt("export", str(checkpoint), "-o", str(bundle), "--precision", ",".join(PRECISIONS))
+    latentrt("export", str(checkpoint), "-o", str(bundle), "--precision", ",".join(EXPORTED))
+    calibrated = latentrt(
+        *("calibrate", str(bundle), "--prompts", "shapes", "--counts", COUNTS, *DRAWN),
+        *("--report", str(out / "calibration.html")),
+    )
     latentrt("verify", str(bundle))
-    built = latentrt("build", str(bundle), "--target", ",".join(TARGETS), "--precision", "fp16")
+    engines = [*build(bundle, "fp16"), *build(bundle, "int8", "--components", "unet")]
 
     sys.path.insert(0, str(SHAPES))
     from scenes import Request
@@ -75,18 +89,19 @@ def main() -> None:
         sheet = contact_sheet([np.asarray(image) for image in images], columns=4)
         Image.fromarray(sheet).save(out / f"sheet-{precision}.png")
         scores[precision] = score(requests, images)
-    print_summary(bundle, built, scores, pictures, out)
+    print_summary(bundle, engines, scores, pictures, out)
+    print_calibration(calibrated)
 
 
-def psnr(pictures: dict[str, list[Image.Image]]) -> float:
-    """fp16 pictures against fp32 ones, dB over all pixels."""
-    a, b = (np.stack([np.asarray(i, dtype=np.float64) for i in pictures[p]]) for p in PRECISIONS)
+def psnr(pictures: dict[str, list[Image.Image]], precision: str) -> float:
+    """Pictures against fp32 ones, dB over all pixels."""
+    a, b = (np.stack([np.asarray(i, dtype=np.float64) for i in pictures[p]]) for p in ("fp32", precision))
     mse = float(np.mean((a - b) ** 2))
     return float("inf") if mse == 0 else 10 * np.log10(255**2 / mse)
 
 
 def print_summary(
-    bundle: Path, built: dict[str, Any], scores: dict[str, Any], pictures: dict[str, list[Image.Image]], out: Path
+    bundle: Path, built: list[dict[str, Any]], scores: dict[str, Any], pictures: dict[str, list[Image.Image]], out: Path
 ) -> None:
     """One table: component, precision, size, parity, engine size, planned VRAM (weights + activations); then scores."""
     manifest = latentrt("inspect", str(bundle))
@@ -96,13 +111,13 @@ def print_summary(
     for artifact in manifest["artifacts"]:
         engines = [
             e
-            for e in built["engines"]
-            if (e["component"], e["precision"]) == (artifact["component"], artifact["precision"])
+            for e in built
+            if (e["component"], e["precision"], "") == tuple(artifact[x] for x in ("component", "precision", "target"))
         ]
         size = sum(manifest["files"][name]["size"] for name in artifact["files"]) / 1e6
         table.add_row(
             artifact["component"],
-            artifact["precision"],
+            f"{artifact['precision']} {artifact['target']}".rstrip(),
             f"{size:.1f}",
             f"{artifact['parity']['worst_relative_l2']:.1e}",
             " ".join(f"{'+'.join(e['targets'])}:{e['engine_bytes'] / 1e6:.1f}" for e in engines) or "-",
@@ -113,9 +128,18 @@ def print_summary(
     for precision, result in scores.items():
         right = result.content
         print(f"{precision}: {right.right} of {right.total} pictures show the colour, background and shape asked for")
-    print(f"fp16 pictures against fp32: {psnr(pictures):.1f} dB")
+    for precision in PRECISIONS[1:]:
+        print(f"{precision} pictures against fp32: {psnr(pictures, precision):.1f} dB")
     print("engines: built ahead of time; not run on a GPU")
-    print(f"bundle   {bundle}\npictures {out / 'sheet-fp32.png'} and {out / 'sheet-fp16.png'}")
+    print(f"bundle   {bundle}\npictures {', '.join(str(out / f'sheet-{precision}.png') for precision in PRECISIONS)}")
+
+
+def print_calibration(calibrated: dict[str, Any]) -> None:
+    """What of the U-Net is int8, and whether held-out pictures hold the budget."""
+    share = f"{calibrated['quantized_layers']} of {calibrated['layers']} layers, {calibrated['macs_share']:.1%} of MACs"
+    (budget,) = calibrated["budgets"]
+    print(f"int8     {share}; {budget['budget']}: {budget['value']:.1f} dB on held-out prompts")
+    print(f"report   {calibrated['report']}")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ EXPECTED: Mapping[str, Expectation] = {
     "bf16": Expectation("Bf16", 0.9, 0.9),
     "int8": Expectation("Int8", 0.5, 0.25),
     "fp8": Expectation("Fp8", 0.5, 0.25),
+    "int8w": Expectation("Int8w", 0.5, 0.25),
 }
 _TRANSPARENT = {"SHUFFLE", "CAST", "IDENTITY", "SQUEEZE", "UNSQUEEZE"}
 _MEMORY = {
@@ -62,7 +63,7 @@ def read_layers(trt: Any, network: Any, shapes: Mapping[str, tuple[int, ...]]) -
 
     A strongly typed network states every layer's type and the builder may not change it, so these are the engine's
     types. A layer counts as Int8 or Fp8 only if both its operands come out of DequantizeLinear; one with
-    dequantized weights alone computes in the wider type.
+    dequantized weights alone computes in the wider type, and counts as Int8w.
 
     Args:
         network: its inputs are given the shapes for good, so it is not one to build from.
@@ -160,13 +161,21 @@ def _weight_count(trt: Any, layer: Any, producers: Mapping[str, Any]) -> int:
 
 
 def _compute_type(layer: Any, producers: Mapping[str, Any]) -> str:
-    stored = []
-    for index in range(min(layer.num_inputs, 2)):
-        source = _source(layer.get_input(index), producers)
-        if source is None or source.type.name != "DEQUANTIZE":
-            return type_name(layer.get_output(0).dtype.name)
-        stored.append(type_name(source.get_input(0).dtype.name))
-    return stored[0] if len(stored) == 2 and stored[0] == stored[1] else type_name(layer.get_output(0).dtype.name)
+    stored = [_stored_type(layer.get_input(index), producers) for index in range(min(layer.num_inputs, 2))]
+    wide = type_name(layer.get_output(0).dtype.name)
+    if len(stored) < 2 or stored[1] is None:
+        return wide
+    if stored[0] is None:
+        return f"{stored[1]}w"
+    return stored[0] if stored[0] == stored[1] else wide
+
+
+def _stored_type(tensor: Any, producers: Mapping[str, Any]) -> str | None:
+    """The type that a tensor is dequantized from; None if it is not."""
+    source = _source(tensor, producers)
+    if source is None or source.type.name != "DEQUANTIZE":
+        return None
+    return type_name(source.get_input(0).dtype.name)
 
 
 def type_name(name: str) -> str:

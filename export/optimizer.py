@@ -24,11 +24,11 @@ from latentrt.runtime.manifest import (
     problem_of,
     record_of,
 )
-from latentrt.runtime.precisions import OPTIMIZED
+from latentrt.runtime.precisions import CPU_KERNELS, OPTIMIZED, QUANTIZED, how_to_make
 
 from .bundle_cases import bundle_cases
 from .ort_fusions import TARGETS
-from .ort_targets import build_target, target_path
+from .ort_targets import TargetGraph, build_kernels, build_target, target_path
 from .parity import Case
 from .staging import commit, staging_folder
 
@@ -80,7 +80,8 @@ def optimize_bundle(
     """Make a bundle's graphs for ONNX Runtime's CPU or CUDA provider; those that are up to date are kept.
 
     Each is compared with the bundle's graphs for every runtime on inputs of a sampling run, before any file of the
-    bundle changes.
+    bundle changes. A quantized one, for the CPU's integer kernels, has to give the bits of the graph that calibration
+    made.
 
     Args:
         targets: of `ort_fusions.TARGETS`.
@@ -129,14 +130,15 @@ def _jobs(bundle: Bundle, manifest: Manifest, target: str, precision: str | None
     wanted = (precision,) if precision else allowed
     jobs = []
     for component in bundle.components():
-        sources = (manifest.artifact(component, name) for name in wanted)
+        # Calibration has made the one in float32 types, which the CPU takes, with that target already.
+        sources = (manifest.artifact(component, name, target if name in QUANTIZED else "") for name in wanted)
         source = next((artifact for artifact in sources if artifact is not None), None)
         if source is not None:
-            jobs.append(_job(bundle.path, manifest, source, target, force=force))
+            jobs.append(_job(bundle.path, manifest, source, CPU_KERNELS if source.target else target, force=force))
     if not jobs:
         raise UsageError(
-            f"{bundle.path}: expected graphs in {' or '.join(wanted)}, found none. "
-            f"Run: latentrt export CHECKPOINT -o {bundle.path} --precision {wanted[0]}"
+            f"{bundle.path}: expected graphs in {' or '.join(wanted)}{' for the CPU' if precision in QUANTIZED else ''}"
+            f", found none. Run: {how_to_make(bundle.path, 'unet', wanted[0])}"
         )
     return jobs
 
@@ -169,14 +171,7 @@ def _make(
 ) -> Artifact:
     source = job.source
     report(f"{source.component}: {source.precision} for {job.target}")
-    made = build_target(
-        job.target,
-        path / source.path,
-        folder / job.path,
-        cases,
-        component=source.component,
-        precision=source.precision,
-    )
+    made = _built(path / source.path, folder / job.path, job, cases)
     parent = Path(job.path).parent
     return dataclasses.replace(
         source,
@@ -187,6 +182,15 @@ def _make(
         parity=made.parity,
         target=job.target,
     )
+
+
+def _built(graph: Path, path: Path, job: _Job, cases: Sequence[Case]) -> TargetGraph:
+    names = {"component": job.source.component, "precision": job.source.precision}
+    if job.target != CPU_KERNELS:
+        return build_target(job.target, graph, path, cases, **names)
+    made = build_kernels(graph, path, cases, **names)
+    # Its distance from the fp32 graph is that of the graph whose bits it gives.
+    return dataclasses.replace(made, parity={**job.source.parity, **made.parity})
 
 
 def _put_in(path: Path, folder: Path, manifest: Manifest, made: Sequence[Artifact]) -> None:

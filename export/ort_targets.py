@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
+from latentrt.runtime.errors import ExportError
 from latentrt.runtime.session import OnnxSession
 
 from .cuda_operators import PlainOperatorsPass
 from .graph_files import save_onnx
 from .ort_fusions import fuse
 from .parity import BOUNDS, Case, measure
+from .quantized_on_cpu import QuantizedOnCpuPass
 
 NOT_ON_A_GPU = "compared on the CPU, with the CUDA operators written out in ONNX's own; not run on a GPU"
 
@@ -66,6 +69,36 @@ def build_target(
     session = _checkable(path) if target == "cuda" else OnnxSession(source, model=path.read_bytes(), optimize=False)
     figures = measure(session, cases, name=f"{component} {precision} for {target}", bound=BOUNDS[precision])
     return dataclasses.replace(graph, parity={**figures, **graph.parity})
+
+
+def build_kernels(source: Path, path: Path, cases: Sequence[Case], *, component: str, precision: str) -> TargetGraph:
+    """Write a quantized graph as the CPU's kernels want it, and have it give the same bits.
+
+    Args:
+        source: the float32-typed graph that calibration made for the CPU; external data is found beside it.
+        path: where to write; the weights are its own.
+        cases: inputs.
+        component: for messages.
+        precision: of the source.
+
+    Raises:
+        ExportError: an output differs by a bit, with ONNX Runtime's optimizations off.
+    """
+    model = ir.load(source)
+    QuantizedOnCpuPass()(model)
+    files = save_onnx(model, path)
+    plain = OnnxSession(source, optimize=False)
+    wanted = [plain(case.feeds) for case in cases]
+    made = OnnxSession(path, optimize=False)
+    for case, outputs in zip(cases, wanted, strict=True):
+        found = made(case.feeds)
+        for name, values in outputs.items():
+            if not np.array_equal(found[name], values):
+                raise ExportError(
+                    f"{component} {precision}: expected {name} to be {source.name}'s, bit for bit, got other numbers "
+                    f"in case '{case.name}'. Please report this; the bundle draws with {source.name} as before."
+                )
+    return TargetGraph(files, {"identical_cases": len(cases)}, len(model.graph))
 
 
 def _write(target: str, source: Path, path: Path) -> TargetGraph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -12,6 +13,8 @@ from latentrt.runtime.model_facts import read_facts, read_schedules
 from latentrt.runtime.opened_model import Model
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.specs import Array, ModelSpec, Session
+
+from .export_plan import DERIVED
 
 # Called after every call of a network: the component, its inputs and its outputs by name.
 Seen = Callable[[str, Mapping[str, Array], Mapping[str, Array]], None]
@@ -90,6 +93,40 @@ def wrapped_pipeline(
             default_sampler=str(schedules.own.class_name),
         ),
     )
+
+
+def replaced_pipeline(
+    bundle: Bundle,
+    precision: str,
+    component: str,
+    session: Callable[[], Session],
+    *,
+    backend: str = "onnxruntime",
+    loras: Wanted = (),
+) -> Pipeline:
+    """A pipeline with another session in the place of one network.
+
+    Networks that were derived from it, such as the decoder to uint8, do not run: they would draw in its place.
+
+    Args:
+        bundle: with the artifacts that may run.
+        precision: of the other networks.
+        component: the network.
+        session: called when it is first needed.
+        backend: as in `Pipeline.load`; so is `loras`.
+
+    Raises:
+        UsageError, ArtifactError, ConfigError, BackendError: as `Pipeline.load`.
+    """
+
+    def wrap(name: str, opened: Callable[[], Session]) -> Session:
+        return session() if name == component else opened()
+
+    manifest = bundle.manifest
+    if manifest is not None:
+        kept = tuple(each for each in manifest.artifacts if DERIVED.get(each.component) != component)
+        bundle = dataclasses.replace(bundle, manifest=dataclasses.replace(manifest, artifacts=kept))
+    return wrapped_pipeline(bundle, precision, wrap, backend=backend, loras=loras)
 
 
 def watched_pipeline(

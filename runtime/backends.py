@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .bundle import DRAWING, Bundle, pipeline_files
 from .errors import BackendError, UsageError
 from .onnx_cuda import PROVIDERS, CudaOptions, why_no_cuda
-from .precisions import OPTIMIZED, QUANTIZED
+from .precisions import CPU_KERNELS, OPTIMIZED, QUANTIZED, TARGETS_OF
 from .session import OnnxSession
 from .specs import Array, Session
 from .trt_flavour import FLAVOURS
@@ -181,15 +181,19 @@ def _open_graph(
 
 
 def choose_graph(bundle: Bundle, component: str, precision: str, *, backend: str = "auto") -> GraphChoice:
-    """The graph of a component that ONNX Runtime takes: the one made for its provider, if the bundle holds it."""
+    """The graph of a component that ONNX Runtime takes: the best that the bundle holds of those for its provider."""
     provider = provider_of(backend)
     name = f"onnxruntime {provider.upper()}"
     if bundle.manifest is None:
         return GraphChoice("", "the folder has no manifest: it holds one graph for every runtime")
-    if bundle.manifest.artifact(component, precision, provider) is not None:
-        return GraphChoice(provider, f"made for {name}")
+    held = [t for t in TARGETS_OF[provider] if bundle.manifest.artifact(component, precision, t) is not None]
+    if held:
+        remedy = f". Faster with: latentrt optimize {bundle.path} --target cpu --precision {precision}"
+        slower = precision in QUANTIZED and held[0] != CPU_KERNELS
+        return GraphChoice(held[0], f"made for {name}{remedy if slower else ''}")
     reason = f"for every runtime: the bundle holds none made for {name} in {precision}"
-    if precision in OPTIMIZED[provider]:
+    # Of quantized graphs, only those that calibration made for the CPU can be laid out for its kernels.
+    if precision in OPTIMIZED[provider] and precision not in QUANTIZED:
         reason += f". Run: latentrt optimize {bundle.path} --target {provider}"
     return GraphChoice("", reason)
 

@@ -83,7 +83,7 @@ def generate(
     width: Annotated[int | None, typer.Option(help=SIZE_HELP)] = None,
     height: Annotated[int | None, typer.Option(help=SIZE_HELP)] = None,
     precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16, mixed, int8, fp8; default the first of these held.")
+        str | None, typer.Option(help="fp32, fp16, mixed, int8, fp8, int8w; default the first of these held.")
     ] = None,
     backend: Annotated[str, typer.Option(help="auto, onnxruntime, cuda, tensorrt or tensorrt_rtx.")] = "auto",
     residency: Annotated[

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-# Made by calibration; the others by the export.
-QUANTIZED = ("int8", "fp8")
+# Made by calibration; the others by the export. Of int8w the weights alone are in int8, and it computes in half.
+QUANTIZED = ("int8", "fp8", "int8w")
 # The networks that calibration is for. Without the first there is no quantized run.
 CALIBRATED = ("unet", "vae_decoder")
 # Of the networks that are not quantized in such a run, best first: what engines are fastest in.
@@ -15,7 +15,12 @@ _BESIDE_QUANTIZED = ("fp16", "mixed", "fp32")
 _ORDER = {name: rank for rank, name in enumerate(("fp32", "fp16", "mixed", "bf16", *QUANTIZED))}
 # What `latentrt optimize` rewrites for a provider of ONNX Runtime, the one to take first. The CPU computes float16 in
 # float32 and converts the weights at every run: such a graph would be slower than the fp32 one, its weights no smaller.
-OPTIMIZED: Mapping[str, tuple[str, ...]] = {"cpu": ("fp32",), "cuda": ("fp16", "mixed", "fp32")}
+OPTIMIZED: Mapping[str, tuple[str, ...]] = {"cpu": ("fp32", *QUANTIZED), "cuda": ("fp16", "mixed", "fp32")}
+# Of quantized graphs, calibration itself makes one for the CPU, with the integers of TensorRT's. The one that is laid
+# out for the kernels that the CPU has is made from it, and has a name beside it.
+CPU_KERNELS = "cpu-kernels"
+# By provider of ONNX Runtime the targets whose graphs it takes, best first.
+TARGETS_OF: Mapping[str, tuple[str, ...]] = {"cpu": (CPU_KERNELS, "cpu"), "cuda": ("cuda",)}
 
 
 def rank(precision: str) -> tuple[int, str]:
@@ -27,7 +32,8 @@ def usable_precisions(component: str, precision: str) -> tuple[str, ...]:
     """The precisions in which a network may take part in a run of that precision, first choice first.
 
     In a run in fp16 the mixed graph of one whose fp16 graph would overflow. In a quantized run the U-Net is quantized;
-    of the others, those that are so as well, and else the best half precision that there is.
+    of the others, those that are so as well, and else the best half precision that there is. A decoder that was
+    calibrated adds its noise to the U-Net's: each was held to its budget with the other as it was at the time.
     """
     if precision == "fp16":
         return ("fp16", "mixed")

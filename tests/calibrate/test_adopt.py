@@ -35,9 +35,14 @@ def bundle(tmp_path: Path) -> Path:
     return write_bundle(tmp_path / "small.bundle")
 
 
-def quantized(path: Path, edit: Callable[[ir.Model], object] = lambda model: None, **values: Any) -> Path:
+def quantized(
+    path: Path,
+    edit: Callable[[ir.Model], object] = lambda model: None,
+    quants: Mapping[str, LayerQuant] = QUANTS,
+    **values: Any,
+) -> Path:
     model = network({**weights(), **values})
-    QuantizePass(QUANTS)(model)
+    QuantizePass(quants)(model)
     edit(model)
     ir.save(model, path)
     return path
@@ -164,6 +169,16 @@ def test_graphs_that_do_not_fit_are_refused(
     assert (bundle / "manifest.json").read_bytes() == before
 
 
+def test_weights_alone_are_a_precision_of_their_own(bundle: Path, tmp_path: Path) -> None:
+    graph = quantized(tmp_path / "weights.onnx", quants=dict.fromkeys(QUANTS, LayerQuant(None)))
+    with pytest.raises(CalibrationError, match=r"expected layers in int8, got int8 with inputs in floats\."):
+        adopt_graph(bundle, "unet", graph, "int8")
+    adopted = adopt_graph(bundle, "unet", graph, "int8w")
+    assert (adopted.artifact.path, adopted.placement.quantized) == ("unet/model.int8w.onnx", {})
+    with pytest.raises(CalibrationError, match=r"expected layers in int8w, got int8\."):
+        adopt_graph(bundle, "unet", quantized(tmp_path / "both.onnx"), "int8w")
+
+
 def test_other_networks_and_other_precisions_are_refused(bundle: Path, tmp_path: Path) -> None:
     graph = quantized(tmp_path / "graph.onnx")
     with pytest.raises(CalibrationError, match=r"expected layers in fp8, got int8\."):
@@ -173,8 +188,8 @@ def test_other_networks_and_other_precisions_are_refused(bundle: Path, tmp_path:
     other = weights(seed=5)
     with pytest.raises(CalibrationError, match="It is of another checkpoint, or its scales are wrong"):
         adopt_graph(bundle, "unet", quantized(tmp_path / "other.onnx", **other), "int8")
-    with pytest.raises(UsageError, match="precision: expected int8 or fp8, got 'int4'"):
-        adopt_graph(bundle, "unet", graph, "int4")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="precision: expected one of int8, fp8, int8w, got 'int4'"):
+        adopt_graph(bundle, "unet", graph, "int4")
     with pytest.raises(UsageError, match="vae_decoder"):
         adopt_graph(bundle, "vae_decoder", graph, "int8")
     (tmp_path / "text.onnx").write_text("no graph")

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from small_bundle import artifact, small_plan, small_source, weights, with_file, write_bundle
+from small_bundle import artifact, network, small_plan, small_source, weights, with_file, write_bundle
 
 from latentrt.calibrate.apply import apply_plan, plan_path
 from latentrt.calibrate.placement import check_placement
 from latentrt.calibrate.plan_file import load_plan, plan_key
 from latentrt.calibrate.quantized_artifacts import put_in
 from latentrt.calibrate.quantized_graphs import probe_feeds
+from latentrt.export.graph_files import save_onnx
 from latentrt.runtime.errors import ArtifactError, CalibrationError, UsageError
 from latentrt.runtime.manifest import EngineRecord, Manifest, check_files, load_manifest, update_manifest
 from latentrt.runtime.session import OnnxSession
@@ -100,6 +101,39 @@ def test_both_graphs_hold_the_same_integers(bundle: Path, kind: Any) -> None:
     assert plan_key(load_plan(applied.plan)) == plan_key(plan)
     assert [a.component for a in manifest.artifacts] == ["text_encoder", "unet", "unet", "unet"]
     assert applied.half.inputs["made_from"] == {"unet/model.onnx": manifest.files["unet/model.onnx"].sha256}
+
+
+def test_weights_alone_make_a_precision_of_their_own(bundle: Path) -> None:
+    source = small_source(bundle)
+    plan = small_plan(source)
+    bare = replace(plan, layers=tuple(replace(layer, scale=None) for layer in plan.layers), vectors={}, corrections={})
+    apply_plan(source, plan)
+    applied = apply_plan(source, bare)
+    assert (applied.full.precision, applied.full.path) == ("int8w", "unet/model.int8w.cpu.onnx")
+    assert applied.plan.name == "int8w.plan.json"
+    # The network with its weights rounded by hand.
+    values = weights()
+    for name, weight in values.items():
+        if name.endswith("weight"):
+            columns = weight if weight.ndim == 2 else weight.reshape(len(weight), -1).T
+            steps = np.abs(columns).max(0) / 127
+            halves = steps.astype(np.float16)
+            steps = np.where(halves < steps, np.nextafter(halves, np.float16(1)), halves).astype(np.float32)
+            rounded = np.rint(columns / steps) * steps
+            values[name] = rounded if weight.ndim == 2 else rounded.T.reshape(weight.shape)
+    save_onnx(network(values), bundle.parent / "rounded.onnx")
+    wanted, found = (OnnxSession(path) for path in (bundle.parent / "rounded.onnx", bundle / applied.full.path))
+    feeds = probe_feeds(wanted.spec)
+    np.testing.assert_allclose(answer(found, feeds), answer(wanted, feeds), atol=1e-5)
+    assert "QuantizeLinear" not in {node.op_type for node in ir.load(bundle / applied.half.path).graph}
+    # What is quantized in inputs too stays beside it.
+    manifest = whole(bundle)
+    assert [(a.precision, a.target) for a in manifest.artifacts if a.component == "unet" and a.precision != "fp32"] == [
+        ("int8", "cpu"),
+        ("int8", ""),
+        ("int8w", "cpu"),
+        ("int8w", ""),
+    ]
 
 
 def test_a_correction_is_added_and_smoothing_changes_nothing_else(bundle: Path) -> None:

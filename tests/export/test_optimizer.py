@@ -130,7 +130,7 @@ def test_a_source_that_changes_meanwhile_is_not_paired(bundle: Path, monkeypatch
     ("targets", "precision", "message"),
     [
         (["tpu"], None, "target: expected one or more of cpu, cuda, got 'tpu'"),
-        (["cpu"], "fp16", "precision: expected one of fp32 for cpu, got 'fp16'"),
+        (["cpu"], "fp16", "precision: expected one of fp32, int8, fp8, int8w for cpu, got 'fp16'"),
         (["cuda"], "mixed", "expected graphs in mixed, found none"),
     ],
 )

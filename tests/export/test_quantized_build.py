@@ -30,10 +30,10 @@ NO_GPU = Machine(packages=probe_machine().packages, why_no_gpu="tests build ahea
 LAYERS = ("conv_in.weight", "conv_out.weight", "to_k.weight")
 
 
-def ours(kind: Any) -> Any:
-    """Weights stored quantized, one pair for each input."""
+def ours(kind: Any, scale: float | None = 0.02) -> Any:
+    """Weights stored quantized, one pair for each input that has a scale."""
     model = ir.from_proto(onnx.shape_inference.infer_shapes(unet_graph()))
-    QuantizePass({name: LayerQuant(scale=0.02, kind=kind) for name in LAYERS})(model)
+    QuantizePass({name: LayerQuant(scale=scale, kind=kind) for name in LAYERS})(model)
     return ir.to_proto(model)
 
 
@@ -75,9 +75,10 @@ def build(bundle: Path, **options: Any) -> Any:
     [
         (lambda: ours("int8"), "int8", "Int8"),
         (lambda: ours("fp8"), "fp8", "Fp8"),
+        (lambda: ours("int8", None), "int8w", "Int8w"),
         (elsewhere, "int8", "Int8"),
     ],
-    ids=["ours int8", "ours fp8", "elsewhere"],
+    ids=["ours int8", "ours fp8", "ours int8w", "elsewhere"],
 )
 def test_its_layers_are_read_back_as_quantized(tmp_path: Path, graph: Any, precision: str, dtype: str) -> None:
     (result,) = build(bundle_with(tmp_path, precision, graph()), precision=precision)
@@ -94,6 +95,15 @@ def test_an_engine_asked_as_int8_that_has_none_is_refused(tmp_path: Path) -> Non
     with pytest.raises(BuildError, match=r"expected an int8 engine .* got Half 100\.0%.* Calibrate again"):
         build(bundle, precision="int8")
     assert load_manifest(bundle).engines == ()
+
+
+@pytest.mark.parametrize(("precision", "scale", "found"), [("int8", None, "Int8w"), ("int8w", 0.02, "Int8")])
+def test_int8_weights_and_int8_layers_are_not_the_same(
+    tmp_path: Path, precision: str, scale: float | None, found: str
+) -> None:
+    bundle = bundle_with(tmp_path, precision, ours("int8", scale))
+    with pytest.raises(BuildError, match=rf"got {found} 100\.0%"):
+        build(bundle, precision=precision)
 
 
 def test_beside_it_the_others_are_built_in_half_precision(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from latentrt.runtime.backends import choose_graph, default_precision, open_session
-from latentrt.runtime.bundle import Bundle
+from latentrt.runtime.bundle import DRAWING, Bundle
 from latentrt.runtime.components import PICTURES, Components
 from latentrt.runtime.errors import BackendError, UsageError
 from latentrt.runtime.manifest import Artifact, EngineRecord, Manifest
@@ -97,6 +97,9 @@ def test_a_decoder_alone_makes_no_quantized_run() -> None:
     with pytest.raises(UsageError, match=r"unet in int8, found \['fp16'\]\. Run: latentrt calibrate made\.bundle"):
         Components(bundle, "int8", verify=False)["unet"]
     # Beside a quantized U-Net, a text encoder is for the export to make.
+    weights = bundle_of(text_encoder="fp16", unet="fp16 int8w", vae_decoder="int8 fp16")
+    assert [weights.precision_of(part, "int8w") for part in DRAWING] == ["fp16", None, "int8w", "fp16"]
+    assert weights.precisions() == ["fp16", "int8w"]
     bare = bundle_of(text_encoder="bf16", unet="fp16 int8", vae_decoder="fp16")
     with pytest.raises(UsageError, match=r"text_encoder in int8, found \['bf16'\]\. Run: latentrt export .* fp16"):
         Components(bare, "int8", verify=False)["text_encoder"]
@@ -125,3 +128,11 @@ def test_onnx_runtime_takes_the_graph_that_was_quantized_for_it() -> None:
     held = dataclasses.replace(bundle, manifest=manifest)
     assert choose_graph(held, "unet", "int8", backend="onnxruntime").target == "cpu"
     assert choose_graph(held, "unet", "int8", backend="cuda").target == ""
+    assert "latentrt optimize made.bundle --target cpu --precision int8" in (
+        choose_graph(held, "unet", "int8", backend="onnxruntime").reason
+    )
+    fast = dataclasses.replace(own, path="unet/model.int8.cpu-kernels.onnx", target="cpu-kernels")
+    both = dataclasses.replace(bundle, manifest=dataclasses.replace(manifest, artifacts=(*manifest.artifacts, fast)))
+    choice = choose_graph(both, "unet", "int8", backend="onnxruntime")
+    assert (choice.target, "latentrt" in choice.reason) == ("cpu-kernels", False)
+    assert choose_graph(both, "unet", "int8", backend="cuda").target == ""

@@ -1,0 +1,133 @@
+"""What `bench_int8.py` measures beside its table: predictions of noise, engines, and a run that was killed."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from latentrt.calibrate.calibration_options import CalibrateOptions
+from latentrt.calibrate.calls import Call
+from latentrt.calibrate.plan_file import plan_key
+from latentrt.calibrate.planning import plan_items, selected
+from latentrt.calibrate.prediction_noise import share_db
+from latentrt.calibrate.preparing import Prepared, network_on, prepare
+from latentrt.calibrate.sensitivity import measured, one_at_a_time, sensitivities
+from latentrt.calibrate.solver import solve
+from latentrt.export.build_options import BuildOptions
+from latentrt.export.engine_jobs import build_engines
+
+# Calls that a run has captured when it is killed.
+_CAPTURED = 16
+_STEP_DB = 3
+
+
+def frontier(prepared: Prepared, calls: Iterable[Call], *, points: int = 10) -> dict[str, Any]:
+    """Predicted and measured noise of the solver's plans, from all layers down in steps of 3 dB.
+
+    Args:
+        calls: that nothing was calibrated with.
+    """
+    items = plan_items(prepared.plan, prepared.layers)
+    everything = solve(items, math.inf)
+    choices = [solve(items, everything.noise * 10 ** (-_STEP_DB * step / 10)) for step in range(points)]
+    plans = {str(index): selected(prepared.plan, choice.chosen).quants() for index, choice in enumerate(choices)}
+    with network_on(prepared.source, "cpu") as network:
+        found = measured(network, plans, calls)
+    mixes = [
+        {
+            "layers": len(choice.chosen),
+            "macs_int8": choice.gain,
+            "predicted_db": choice.predicted_db,
+            "measured_db": share_db(found.together([name])),
+        }
+        for name, choice in zip(plans, choices, strict=True)
+    ]
+    deviations = [mix["measured_db"] - mix["predicted_db"] for mix in mixes]
+    return {"plans": mixes, "largest_deviation_db": max(deviations, key=abs)}
+
+
+def sensitivity(prepared: Prepared, calls: Sequence[Call], *, count: int = 40) -> dict[str, Any]:
+    """The noise of layers spread over the network, estimated by one pass and measured one at a time."""
+    held = prepared.plan.quants()
+    names = [list(held)[index] for index in np.linspace(0, len(held) - 1, count).round().astype(int)]
+    shares, seconds = [], []
+    with network_on(prepared.source, "cpu") as network:
+        for method in (sensitivities, one_at_a_time):
+            started = time.process_time()
+            shares.append(method(network, {name: held[name] for name in names}, calls).shares())
+            seconds.append(round(time.process_time() - started, 1))
+    estimated, exact = (np.array([each[name] for name in names]) for each in shares)
+    errors = 10 * np.log10(estimated / exact)
+    return {
+        "layers": len(names),
+        "calls": len(calls),
+        "spearman": float(spearmanr(estimated, exact).statistic),
+        "bias_db": float(errors.mean()),
+        "deviation_db": float(errors.std()),
+        "largest_error_db": float(errors[np.abs(errors).argmax()]),
+        "error_of_the_sum_db": float(10 * np.log10(estimated.sum() / exact.sum())),
+        "cpu_seconds": {"one pass": seconds[0], "one at a time": seconds[1]},
+    }
+
+
+def engine(bundle: Path, precision: str, target: str) -> dict[str, Any]:
+    """An engine of the U-Net, built ahead of time by TensorRT-RTX."""
+    options = BuildOptions(
+        target=target,
+        precision=precision,
+        components=("unet",),
+        flavour="tensorrt_rtx",
+        cache="off",
+        force=True,
+    )
+    (result,) = build_engines(bundle, options)
+    sidecar = result.sidecar
+    total = sum(sidecar.flops.values())
+    return {
+        "build_seconds": sidecar.build_seconds,
+        "engine_bytes": sidecar.engine_bytes,
+        "weight_bytes": sidecar.weight_bytes,
+        "flops": {kind: round(count / total, 4) for kind, count in sidecar.flops.items()},
+    }
+
+
+def killed(
+    original: Path, copy: Path, options: CalibrateOptions, command: Sequence[str], wanted: str
+) -> dict[str, Any]:
+    """Plan in a new copy of a bundle, where the first run is killed while it captures.
+
+    Args:
+        original: the bundle.
+        copy: made anew.
+        options: of the calibration.
+        command: that prepares the bundle whose path is added to it, with the same options.
+        wanted: key of the plan of a run that was not killed.
+    """
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(original, copy)
+    child = subprocess.Popen([*command, str(copy)])
+    captured = f"calibration/{options.component}/capture-*/*.safetensors"
+    while child.poll() is None and len(list(copy.glob(captured))) < _CAPTURED:
+        time.sleep(0.1)
+    child.kill()
+    child.wait()
+    held = len(list(copy.glob(captured)))
+    said: list[str] = []
+    key = plan_key(prepare(copy, options, say=said.append).plan)
+    started = time.monotonic()
+    prepare(copy, options)
+    return {
+        "prompts_when_killed": held,
+        "said": said,
+        "plan": key,
+        "same_plan": key == wanted,
+        "seconds_with_all_stages_kept": round(time.monotonic() - started, 2),
+    }
