@@ -26,8 +26,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,9 @@ from int8_peers import Peer, quantize_peer
 from latentrt.calibrate.adopt import adopt_graph
 from latentrt.calibrate.apply import apply_plan
 from latentrt.calibrate.budget import parse_budgets
-from latentrt.calibrate.calibration import frontier_of
+from latentrt.calibrate.calibration import frontier_of, out_of_reach
 from latentrt.calibrate.calibration_options import CalibrateOptions, drawn_by
+from latentrt.calibrate.capture_file import Capture
 from latentrt.calibrate.measuring import measuring
 from latentrt.calibrate.placement import check_placement
 from latentrt.calibrate.plan import Plan
@@ -49,14 +50,14 @@ from latentrt.calibrate.prediction_noise import mean_db, share_db
 from latentrt.calibrate.preparing import Prepared, captured_part, prepare
 from latentrt.calibrate.report import Report, write_report
 from latentrt.calibrate.report_plots import frontier_plot
-from latentrt.calibrate.search import best
+from latentrt.calibrate.search import Trial, best
 from latentrt.calibrate.solver import predicted_sqnr
 from latentrt.calibrate.verification import Verification, value_of
 from latentrt.calibrate.verify import verify_plan
 from latentrt.export.tool_versions import tool_versions
 from latentrt.runtime.bundle import open_bundle
 from latentrt.runtime.machine import cpu_features
-from latentrt.runtime.manifest import key_of, load_manifest, sha256_of, write_atomic
+from latentrt.runtime.manifest import key_of, sha256_of, write_atomic
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = CalibrateOptions(
@@ -109,8 +110,8 @@ ROWS = {
     "entropy, smoothed": Row(FEW, PlanOptions(method="entropy")),
     "mse, smoothed": Row(FEW, PlanOptions(method="mse")),
     "entropy, not smoothed": Row(FEW, _plain("entropy")),
-    "onnxruntime, percentile": Row(FEW, peer=Peer("Percentile", 48)),
-    "onnxruntime, entropy": Row(FEW, peer=Peer("Entropy", 48)),
+    "onnxruntime, percentile": Row(FEW, peer=Peer("Percentile", 64)),
+    "onnxruntime, entropy": Row(FEW, peer=Peer("Entropy", 64)),
 }
 
 
@@ -121,7 +122,6 @@ class Bench:
     bundle: Path
     work: Path
     file: Path
-    original: Path
 
     def say(self, text: str) -> None:
         """Tell how far it is."""
@@ -131,10 +131,11 @@ class Bench:
         """What was measured so far."""
         return dict(json.loads(self.file.read_text())) if self.file.exists() else {}
 
-    def prepared(self, numbers: PlanOptions, budget: str | None = None) -> Prepared:
-        """All layers planned."""
-        budgets = parse_budgets([budget]) if budget else OPTIONS.budgets
-        return prepare(self.bundle, dataclasses.replace(OPTIONS, numbers=numbers, budgets=budgets), say=self.say)
+    def write(self, part: str, found: Mapping[str, Any]) -> None:
+        """Add to what was measured."""
+        content = self.read()
+        content[part] = {**content.get(part, {}), **found}
+        write_atomic(self.file, (json.dumps(content, indent=1) + "\n").encode())
 
     def once(self, part: str, name: str, made_from: Any, make: Callable[[], Mapping[str, Any]]) -> None:
         """Measure what is not in the file yet, or was made from something else."""
@@ -144,14 +145,49 @@ class Bench:
             return
         self.say(f"{part}, {name}")
         started = time.monotonic()
-        found = {"key": key, **make(), "seconds": round(time.monotonic() - started, 1)}
-        content = self.read()
-        content.setdefault(part, {})[name] = found
-        write_atomic(self.file, (json.dumps(content, indent=1) + "\n").encode())
+        self.write(part, {name: {"key": key, **make(), "seconds": round(time.monotonic() - started, 1)}})
+
+    def prepared(self, row: Row) -> Prepared:
+        """All layers planned. Where none are chosen, noise is for the record only."""
+        options = dataclasses.replace(OPTIONS, numbers=row.numbers)
+        if row.budget:
+            options = dataclasses.replace(options, budgets=parse_budgets([row.budget]))
+        else:
+            options = dataclasses.replace(options, noise_prompts=1)
+        return prepare(self.bundle, options, say=self.say)
+
+    def held_out(self, prepared: Prepared) -> Capture:
+        """Calls that nothing was calibrated or chosen with."""
+        return captured_part(
+            prepared.source,
+            OPTIONS,
+            prepared.split,
+            "verification",
+            say=self.say,
+            on_progress=lambda _text, _share: None,
+        )
+
+
+def verified(bench: Bench, prepared: Prepared, key: str, count: int) -> Verification:
+    """What the bundle's int8 graph draws, against fp32 and fp16."""
+    calls = bench.held_out(prepared)
+    drawing = drawn_by(OPTIONS, prepared.split, "verification", bench.bundle)
+    verification = verify_plan(
+        dataclasses.replace(drawing, prompts=drawing.prompts[:count]),
+        bench.work / f"pictures-{count}",
+        budgets=prepared.options.budgets,
+        plan=key,
+        judge=OPTIONS.judge,
+        calls=calls.calls(),
+        calls_key=calls.key,
+    )
+    if count == ALL:
+        bench.write("table", {name: figures(verification, name) for name in ("fp32", "fp16")})
+    return verification
 
 
 def figures(verification: Verification, precision: str) -> dict[str, Any]:
-    """What was measured of a precision, for the table."""
+    """What was measured of a precision."""
     got = verification.measured[precision]
     found: dict[str, Any] = {"prompts": len(verification.prompts), "accuracy": got.accuracy}
     for name, spread in got.metrics.items():
@@ -165,24 +201,6 @@ def figures(verification: Verification, precision: str) -> dict[str, Any]:
     return found
 
 
-def verified(bench: Bench, prepared: Prepared, key: str, count: int) -> Verification:
-    """What the bundle's int8 graph draws, against fp32 and fp16."""
-    options, split = prepared.options, prepared.split
-    calls = captured_part(
-        prepared.source, options, split, "verification", say=bench.say, on_progress=lambda _text, _share: None
-    )
-    drawing = drawn_by(options, split, "verification", bench.bundle)
-    return verify_plan(
-        dataclasses.replace(drawing, prompts=drawing.prompts[:count]),
-        bench.work / f"pictures-{count}",
-        budgets=options.budgets,
-        plan=key,
-        judge=options.judge,
-        calls=calls.calls(),
-        calls_key=calls.key,
-    )
-
-
 def in_int8(bench: Bench) -> dict[str, Any]:
     """What of the bundle's int8 graph computes in int8, read from the graph itself."""
     placement = check_placement(ir.load(open_bundle(bench.bundle).graph("unet", "int8")), SIZES)
@@ -191,39 +209,46 @@ def in_int8(bench: Bench) -> dict[str, Any]:
         "layers_int8": sum(placement.quantized.values()),
         "layers": sum(placement.total.values()),
         "problems": list(placement.problems),
+        "warnings": list(placement.warnings),
     }
 
 
-def chosen_plan(bench: Bench, prepared: Prepared) -> tuple[Plan, dict[str, Any]]:
-    """The plan that a search finds for the budget, and what it measured on the way."""
+def chosen_plan(bench: Bench, prepared: Prepared) -> tuple[Plan, tuple[Trial, ...]]:
+    """The plan that a search finds for the budget, and what was measured on the way."""
     with measuring(prepared, say=bench.say, on_progress=lambda _text, _share: None) as means:
         trials = means.search(prepared.options.budgets)
     chosen = best(trials)
     if chosen is None:
-        raise SystemExit(f"no plan holds {', '.join(map(str, prepared.options.budgets))}")
-    told = [{"layers": len(t.choice.chosen), "predicted_db": t.choice.predicted_db, **t.values} for t in trials]
-    return selected(prepared.plan, chosen.choice.chosen), {"trials": told}
+        raise SystemExit(out_of_reach(trials))
+    return selected(prepared.plan, chosen.choice.chosen), trials
 
 
 def own_row(bench: Bench, name: str, row: Row, prepared: Prepared) -> dict[str, Any]:
-    """A plan of latentrt's."""
-    plan, told = chosen_plan(bench, prepared) if row.budget else (prepared.plan, {})
+    """A plan of latentrt's, and its report in the work folder."""
+    plan, trials = chosen_plan(bench, prepared) if row.budget else (prepared.plan, ())
     apply_plan(prepared.source, plan)
     verification = verified(bench, prepared, plan_key(plan), row.prompts)
     report = Report(
         title=name,
         plan=plan,
         verification=verification,
-        frontier=frontier_of(prepared, ()),
+        frontier=frontier_of(prepared, trials),
         pictures=bench.work / f"pictures-{row.prompts}",
         command="benchmarks/bench_int8.py",
         date=time.strftime("%Y-%m-%d"),
     )
     write_report(bench.work / f"{_slug(name)}.html", report)
     noises = [layer.noise for layer in plan.layers if layer.quantized and layer.noise is not None]
-    predicted = {"predicted_db": predicted_sqnr(noises), "plan": plan_key(plan)}
-    save_floor(bench, verification)
-    return {**told, **predicted, **in_int8(bench), **figures(verification, "int8")}
+    return {
+        **in_int8(bench),
+        **figures(verification, "int8"),
+        "predicted_db": predicted_sqnr(noises),
+        "plan": plan_key(plan),
+        "trials": [
+            {"layers": len(trial.choice.chosen), "predicted_db": trial.choice.predicted_db, **trial.values}
+            for trial in trials
+        ],
+    }
 
 
 def peer_row(bench: Bench, name: str, row: Row, prepared: Prepared) -> dict[str, Any]:
@@ -231,51 +256,46 @@ def peer_row(bench: Bench, name: str, row: Row, prepared: Prepared) -> dict[str,
     peer = row.peer
     assert peer is not None
     captured = list(prepared.calibration.calls())
-    calls = captured[:: max(1, len(captured) // peer.calls)][: peer.calls]
+    calls = captured[:: len(captured) // peer.calls]
     path = bench.work / f"{_slug(name)}.onnx"
     kept = frozenset(layer.name for layer in prepared.layers if not layer.quantizable)
     quantize_peer(prepared.source.graph, path, peer, (dict(call.feeds) for call in calls), kept=kept)
-    cases = {f"captured call {index + 1}": call.feeds for index, call in enumerate(islice(captured, 2))}
-    adopted = adopt_graph(bench.bundle, "unet", path, "int8", cases=cases)
+    adopt_graph(bench.bundle, "unet", path, "int8", cases={"captured call": calls[0].feeds})
     verification = verified(bench, prepared, sha256_of(path), row.prompts)
-    save_floor(bench, verification)
-    warnings = {"calibration_calls": len(calls), "warnings": list(adopted.placement.warnings)}
-    return {**warnings, **in_int8(bench), **figures(verification, "int8")}
+    return {"calibration_calls": len(calls), **in_int8(bench), **figures(verification, "int8")}
 
 
 def _slug(name: str) -> str:
     return re.sub(r"\W+", "-", name)
 
 
-def save_floor(bench: Bench, verification: Verification) -> None:
-    """The rows of fp32 and fp16, which every verification has, of the most prompts."""
-    content = bench.read()
-    for precision in ("fp32", "fp16"):
-        found = {"macs_int8": 0.0, "layers_int8": 0, **figures(verification, precision)}
-        if found["prompts"] >= content.get("table", {}).get(precision, {}).get("prompts", 0):
-            content.setdefault("table", {})[precision] = found
-    write_atomic(bench.file, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def table(bench: Bench) -> None:
-    """The rows."""
+def measure(bench: Bench, original: Path) -> None:
+    """All that is not measured yet."""
+    prepared = bench.prepared(ROWS[DEFAULT])
+    key, source = prepared.stage.key, prepared.source
     for name, row in ROWS.items():
-        prepared = bench.prepared(row.numbers, row.budget)
-        make = peer_row if row.peer else own_row
-        stage = prepared.calibration.key if row.peer else prepared.stage.key
-        bench.once(
-            "table",
-            name,
-            [dataclasses.asdict(row), stage],
-            lambda make=make, name=name, row=row, prepared=prepared: make(bench, name, row, prepared),  # type: ignore[misc]
-        )
+        own = prepared if row.peer else bench.prepared(row)
+        made_from = [dataclasses.asdict(row), own.stage.key]
+        bench.once("table", name, made_from, partial(peer_row if row.peer else own_row, bench, name, row, own))
+    bench.once("checks", "frontier", key, lambda: frontier(prepared, bench.held_out(prepared).calls()))
+    calls = [call for call in prepared.calibration.calls() if call.prompt < OPTIONS.noise_prompts]
+    bench.once("checks", "sensitivity", key, lambda: sensitivity(prepared, calls[::4]))
+    apply_plan(source, chosen_plan(bench, prepared)[0])
+    for target in TARGETS:
+        for precision in ("fp16", "int8"):
+            graph = sha256_of(source.bundle.graph("unet", precision))
+            bench.once("engines", f"{precision} {target}", graph, partial(engine, bench.bundle, precision, target))
+    command = [sys.executable, __file__, "--prepare"]
+    wanted = plan_key(prepared.plan)
+    copy = bench.work / "killed.bundle"
+    bench.once("checks", "killed", wanted, lambda: killed(original, copy, prepared.options, command, wanted))
 
 
 def plot(bench: Bench, path: Path) -> None:
     """The frontier as a picture that stands by itself, in the report's colours."""
     content = bench.read()
     mixes = [
-        (mix["macs_int8"], mix["predicted_db"], mix["measured_db"]) for mix in content["frontier"]["plans"]["plans"]
+        (mix["macs_int8"], mix["predicted_db"], mix["measured_db"]) for mix in content["checks"]["frontier"]["plans"]
     ]
     row = content["table"][DEFAULT]
     svg = frontier_plot(mixes, (row["macs_int8"], row["predicted_db"], row["sqnr_guided"]["share_db"]), "int8")
@@ -285,36 +305,42 @@ def plot(bench: Bench, path: Path) -> None:
     path.write_text(svg.replace("<svg ", f'<svg style="background: {light["--ground"]}" ', 1))
 
 
+def tell(content: Mapping[str, Any]) -> None:
+    """Print the table."""
+    for name, row in content["table"].items():
+        psnr, loss = row.get("psnr"), row.get("accuracy_loss")
+        cells = [f"{name:46}", f"{row['prompts']:4}", f"{row.get('macs_int8', 0):7.1%}"]
+        if psnr:
+            cells += [
+                f"{psnr['mean']:5.1f} dB ({psnr['low']:.1f} to {psnr['high']:.1f}), worst {psnr['worst']:4.1f}",
+                f"SSIM {row['ssim']['mean']:.4f}",
+                f"FLIP {row['flip']['mean']:.4f}",
+                f"SQNR {row['sqnr_raw']['mean_db']:4.1f} raw {row['sqnr_guided']['mean_db']:4.1f} guided",
+            ]
+        cells.append(f"accuracy {row['accuracy']:.1%}")
+        if loss:
+            cells.append(f"loss {100 * loss['mean']:.1f} ({100 * loss['low']:.1f} to {100 * loss['high']:.1f})")
+        print("  ".join(cells))
+
+
 def main() -> None:
     """Measure what is not measured yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, help="of the shapes model, in fp32 and fp16; it is not changed")
     parser.add_argument("--work", type=Path, default=ROOT / "build/int8")
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/int8-shapes.json")
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", type=Path, default=ROOT / "build/int8-shapes.json")
+    parser.add_argument("--plot", type=Path, help="write the frontier here, as SVG")
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.prepare:
         prepare(told.prepare, OPTIONS)
         return
-    bench = Bench(told.work / "shapes.bundle", told.work, told.json, told.bundle)
+    bench = Bench(told.work / "shapes.bundle", told.work, told.json)
     if not bench.bundle.exists():
         shutil.copytree(told.bundle, bench.bundle)
-    content = bench.read()
-    content["machine"] = {"cores": os.cpu_count(), "cpu": list(cpu_features()), "tools": tool_versions()}
-    write_atomic(bench.file, (json.dumps(content, indent=1) + "\n").encode())
-    prepared = bench.prepared(PlanOptions())
-    bench.once("frontier", "plans", prepared.stage.key, lambda: frontier(bench, prepared))
-    bench.once("sensitivity", "layers", prepared.stage.key, lambda: sensitivity(prepared))
-    table(bench)
-    plan, _ = chosen_plan(bench, prepared)
-    apply_plan(prepared.source, plan)
-    for precision in ("fp16", "int8"):
-        held = load_manifest(bench.bundle).artifact("unet", precision)
-        for target in TARGETS:
-            name = f"{precision} {target}"
-            bench.once("engines", name, held and held.key, lambda p=precision, t=target: engines(bench, p, t))  # type: ignore[misc]
-    bench.once("resume", "killed", plan_key(prepared.plan), lambda: resume(bench, plan_key(prepared.plan)))
+    bench.write("machine", {"cores": os.cpu_count(), "cpu": list(cpu_features()), "tools": tool_versions()})
+    measure(bench, told.bundle)
+    tell(bench.read())
     if told.plot:
         plot(bench, told.plot)
 

@@ -122,7 +122,9 @@ def test_weights_alone_make_a_precision_of_their_own(bundle: Path) -> None:
             rounded = np.rint(columns / steps) * steps
             values[name] = rounded if weight.ndim == 2 else rounded.T.reshape(weight.shape)
     save_onnx(network(values), bundle.parent / "rounded.onnx")
-    wanted, found = (OnnxSession(path) for path in (bundle.parent / "rounded.onnx", bundle / applied.full.path))
+    paths = (bundle.parent / "rounded.onnx", bundle / applied.full.path)
+    # Left to itself, ONNX Runtime's kernel for products with int8 weights rounds what it multiplies them with.
+    wanted, found = (OnnxSession(path) for path in paths)
     feeds = probe_feeds(wanted.spec)
     np.testing.assert_allclose(answer(found, feeds), answer(wanted, feeds), atol=1e-5)
     assert "QuantizeLinear" not in {node.op_type for node in ir.load(bundle / applied.half.path).graph}
