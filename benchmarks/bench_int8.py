@@ -8,7 +8,7 @@ chosen with, against fp32 pictures of the same seeds. Beside the table of plans:
     frontier      noise of plans as the solver predicts it, and as it is measured on held-out calls
     sensitivity   noise of single layers from one backward pass, and with that layer alone quantized
     engines       built ahead of time by TensorRT-RTX in fp16 and int8; none is run
-    resume        the key of the plan after the first run was killed while it captured
+    killed        the plan of a run that went on where one was killed, and that of one that was not
 
 Whatever was measured is in the JSON file at once and is kept by what it was made from: a run that is interrupted, or
 that has other rows, goes on. The work folder takes 1 GB.
@@ -66,6 +66,8 @@ OPTIONS = CalibrateOptions(
     settings={"steps": 20, "sampler": "DPM++ 2M", "schedule": "karras", "guidance": 5.0},
     judge=f"{ROOT / 'examples/shapes/judge.py'}:shows",
 )
+# For what does not depend on how much is measured.
+SMALL = dataclasses.replace(OPTIONS, counts=(8, 4, 16), noise_prompts=2)
 # Of the network that is drawn with: its own size, one picture.
 SIZES = {"batch": 1, "latent_height": 16, "latent_width": 16, "sequence_length": 77}
 FEW, ALL = 64, 256
@@ -96,20 +98,20 @@ def _plain(method: Any) -> PlanOptions:
 
 ROWS = {
     DEFAULT: Row(ALL, budget="psnr=32"),
-    "latentrt, sqnr=30": Row(ALL, budget="sqnr=30"),
     "min-max, not smoothed": Row(ALL, _plain("minmax")),
     "onnxruntime, min-max": Row(ALL, peer=Peer("MinMax", 512)),
-    "percentile 99.99, not smoothed": Row(ALL, _plain("percentile")),
-    "onnxruntime, min-max, per tensor, all layers": Row(
+    "latentrt, sqnr=28": Row(ALL, budget="sqnr=28"),
+    "percentile, not smoothed": Row(ALL, _plain("percentile")),
+    "onnxruntime, min-max, a scale a weight, all layers": Row(
         ALL, peer=Peer("MinMax", 512, per_channel=False, same_layers=False)
     ),
-    "latentrt, sqnr=34": Row(FEW, budget="sqnr=34"),
-    "output error, not smoothed": Row(FEW, _plain("output-error")),
+    "latentrt, psnr=52": Row(FEW, budget="psnr=52"),
+    "latentrt, sqnr=32": Row(FEW, budget="sqnr=32"),
+    "latentrt, not smoothed": Row(FEW, _plain("output-error")),
     "min-max, smoothed": Row(FEW, PlanOptions(method="minmax")),
-    "percentile 99.99, smoothed": Row(FEW, PlanOptions(method="percentile")),
+    "percentile, smoothed": Row(FEW, PlanOptions(method="percentile")),
     "entropy, smoothed": Row(FEW, PlanOptions(method="entropy")),
     "mse, smoothed": Row(FEW, PlanOptions(method="mse")),
-    "entropy, not smoothed": Row(FEW, _plain("entropy")),
     "onnxruntime, percentile": Row(FEW, peer=Peer("Percentile", 64)),
     "onnxruntime, entropy": Row(FEW, peer=Peer("Entropy", 64)),
 }
@@ -219,7 +221,7 @@ def chosen_plan(bench: Bench, prepared: Prepared) -> tuple[Plan, tuple[Trial, ..
         trials = means.search(prepared.options.budgets)
     chosen = best(trials)
     if chosen is None:
-        raise SystemExit(out_of_reach(trials))
+        raise SystemExit(out_of_reach(trials, prepared.plan))
     return selected(prepared.plan, chosen.choice.chosen), trials
 
 
@@ -272,23 +274,28 @@ def _slug(name: str) -> str:
 def measure(bench: Bench, original: Path) -> None:
     """All that is not measured yet."""
     prepared = bench.prepared(ROWS[DEFAULT])
-    key, source = prepared.stage.key, prepared.source
-    for name, row in ROWS.items():
-        own = prepared if row.peer else bench.prepared(row)
-        made_from = [dataclasses.asdict(row), own.stage.key]
-        bench.once("table", name, made_from, partial(peer_row if row.peer else own_row, bench, name, row, own))
+    measure_row(bench, DEFAULT, ROWS[DEFAULT], prepared)
+    key, graphs = prepared.stage.key, prepared.source.bundle
     bench.once("checks", "frontier", key, lambda: frontier(prepared, bench.held_out(prepared).calls()))
     calls = [call for call in prepared.calibration.calls() if call.prompt < OPTIONS.noise_prompts]
     bench.once("checks", "sensitivity", key, lambda: sensitivity(prepared, calls[::4]))
-    apply_plan(source, chosen_plan(bench, prepared)[0])
+    apply_plan(prepared.source, chosen_plan(bench, prepared)[0])
     for target in TARGETS:
         for precision in ("fp16", "int8"):
-            graph = sha256_of(source.bundle.graph("unet", precision))
+            graph = sha256_of(graphs.graph("unet", precision))
             bench.once("engines", f"{precision} {target}", graph, partial(engine, bench.bundle, precision, target))
+    for name, row in ROWS.items():
+        measure_row(bench, name, row, prepared if row.peer else bench.prepared(row))
     command = [sys.executable, __file__, "--prepare"]
-    wanted = plan_key(prepared.plan)
-    copy = bench.work / "killed.bundle"
-    bench.once("checks", "killed", wanted, lambda: killed(original, copy, prepared.options, command, wanted))
+    folder = bench.work / "killed"
+    bench.once("checks", "killed", key, lambda: killed(original, folder, SMALL, command))
+
+
+def measure_row(bench: Bench, name: str, row: Row, prepared: Prepared) -> None:
+    """A row, if it is not measured yet."""
+    make = peer_row if row.peer else own_row
+    made_from = [dataclasses.asdict(row), prepared.stage.key]
+    bench.once("table", name, made_from, lambda: make(bench, name, row, prepared))
 
 
 def plot(bench: Bench, path: Path) -> None:
@@ -333,7 +340,7 @@ def main() -> None:
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.prepare:
-        prepare(told.prepare, OPTIONS)
+        prepare(told.prepare, SMALL)
         return
     bench = Bench(told.work / "shapes.bundle", told.work, told.json)
     if not bench.bundle.exists():

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import shlex
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +14,6 @@ from latentrt.runtime.errors import CalibrationError, UsageError
 from latentrt.runtime.generate_options import read_loras, read_settings, read_size
 
 if TYPE_CHECKING:
-    from .calibration import Calibrated
     from .layer_quant import Kind
 
 _NUMBERS, _DRAWING, _SEARCH = "How numbers are chosen", "What is drawn", "How layers are chosen"
@@ -45,7 +41,7 @@ def calibrate(
     precision: Annotated[
         str, typer.Option(help="int8, fp8, or int8w: weights alone, for what computes int8 no faster.")
     ] = "int8",
-    component: Annotated[str, typer.Option(help="unet or vae_decoder.")] = "unet",
+    component: Annotated[str, typer.Option(help="unet, or vae_decoder, which is measured by itself.")] = "unet",
     report: Annotated[Path | None, typer.Option(help="Write a page with pictures and plots.")] = None,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Only measure the noise of every layer, and print it.")
@@ -57,7 +53,9 @@ def calibrate(
         Path | None, typer.Option("--adopt", help="Put a Q/DQ graph that was made elsewhere into the bundle.")
     ] = None,
     device: Annotated[str, typer.Option(help="That PyTorch computes on: cpu, cuda, cuda:1…")] = "cpu",
-    backend: Annotated[str, typer.Option(help="That draws: onnxruntime or onnxruntime-cuda.")] = "onnxruntime",
+    backend: Annotated[
+        str, typer.Option(help="That draws: onnxruntime, or cuda for its CUDA provider.")
+    ] = "onnxruntime",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     steps: Annotated[int, typer.Option(rich_help_panel=_DRAWING)] = 20,
     sampler: Annotated[str | None, typer.Option(help="As in generate.", rich_help_panel=_DRAWING)] = None,
@@ -112,7 +110,7 @@ def calibrate(
     ] = None,
     solver: Annotated[str, typer.Option(help="milp or greedy.", rich_help_panel=_SEARCH)] = "milp",
     rounds: Annotated[int, typer.Option(help="Plans to measure.", rich_help_panel=_SEARCH)] = 4,
-) -> None:
+) -> int:
     """Quantize what the quality budget allows, and prove it on prompts that were held out.
 
     Ranges are taken along real sampling runs. What every layer adds to the noise is measured, and the cheapest mix of
@@ -120,7 +118,7 @@ def calibrate(
     TensorRT and for ONNX Runtime. Stages are kept in BUNDLE/calibration: an interrupted run goes on.
 
     Examples:
-      latentrt calibrate sd15.bundle --budget psnr=30 --device cuda --backend onnxruntime-cuda
+      latentrt calibrate sd15.bundle --budget psnr=30 --device cuda --backend cuda
 
       latentrt calibrate shapes.bundle --prompts shapes --report report.html
 
@@ -132,18 +130,21 @@ def calibrate(
     """
     from .adopt import adopt_graph
     from .budget import DEFAULT_BUDGET, parse_budgets
-    from .calibrate_output import tell, tell_adopted, tell_sensitivities
+    from .calibrate_output import tell, tell_adopted, tell_sensitivities, write_page
     from .calibration import calibrate as search_and_verify
     from .calibration import quantize_all, verify_edited
     from .calibration_options import CalibrateOptions
     from .planning import PlanOptions
     from .preparing import prepare
+    from .verification import what_limits
 
+    modes = {"--sensitivity": sensitivity, "--all-layers": all_layers, "--apply": apply, "--adopt": adopt}
+    _check_modes([name for name, given in modes.items() if given], report)
     kind, weight_only = _kind(precision)
     if adopt is not None:
         adopted = adopt_graph(bundle, component, adopt, precision)
         tell_adopted(bundle, adopted, as_json=as_json)
-        return
+        return 0
     pixels = read_size("size", size)
     settings = {
         "steps": steps,
@@ -159,7 +160,7 @@ def calibrate(
         numbers=PlanOptions(
             kind=kind,
             weight_only=weight_only,
-            method=method,  # type: ignore[arg-type]  # checked where it is used
+            method=method,  # type: ignore[arg-type]  # checked there
             percent=percentile,
             smooth=smooth,
             correct=correct,
@@ -188,15 +189,34 @@ def calibrate(
             prepared = prepare(bundle, options, say=say, on_progress=progress)
             if sensitivity:
                 tell_sensitivities(prepared.plan, as_json=as_json)
-                return
+                return 0
             run = quantize_all if all_layers else search_and_verify
             result = run(prepared, say=say, on_progress=progress)
         if report is not None:
-            _write_report(report, bundle, result)
+            write_page(report, bundle, result)
     tell(bundle, result, report, as_json=as_json)
-    if not result.met and not all_layers:
-        missed = "; ".join(str(outcome) for outcome in result.outcomes if not outcome.met)
-        raise CalibrationError(f"budget: expected it to be held on the held-out prompts, got: {missed}.")
+    if result.met or all_layers:
+        return 0
+    if as_json:
+        return 1
+    missed = [outcome for outcome in result.outcomes if not outcome.met]
+    raise CalibrationError(
+        f"budget: expected it to be held on the held-out prompts, got: {'; '.join(map(str, missed))}. "
+        f"{what_limits(missed, result.plan)} The bundle has this plan all the same: ask for less, or calibrate with "
+        "more prompts (--counts)."
+    )
+
+
+def _check_modes(given: Sequence[str], report: Path | None) -> None:
+    """Refuse options that ask for different things, and a report that could not be written."""
+    if len(given) > 1:
+        raise UsageError(f"{given[0]}: expected it without {given[1]}, got both. Leave one out.")
+    if report is None:
+        return
+    if given and given[0] in ("--sensitivity", "--adopt"):
+        raise UsageError(f"--report: expected a calibration to report on, got {given[0]}. Leave one out.")
+    if report.is_dir() or not report.parent.is_dir():
+        raise UsageError(f"{report}: expected a file to write in a folder that exists, found none. Make it first.")
 
 
 def _kind(precision: str) -> tuple[Kind, bool]:
@@ -226,20 +246,3 @@ def _told(*, shown: bool) -> Iterator[tuple[Callable[[str], None], Callable[[str
             note if shown else lambda _text: None,
             lambda text, share: bars.update(task, description=text, completed=share),
         )
-
-
-def _write_report(path: Path, bundle: Path, result: Calibrated) -> None:
-    from .report import Report, write_report
-
-    write_report(
-        path,
-        Report(
-            title=bundle.name,
-            plan=result.plan,
-            verification=result.verification,
-            frontier=result.frontier,
-            pictures=result.folder,
-            command=shlex.join(["latentrt", *sys.argv[1:]]),
-            date=datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        ),
-    )

@@ -1,12 +1,16 @@
-"""What `latentrt calibrate` prints."""
+"""What `latentrt calibrate` prints, and the page that it writes."""
 
 from __future__ import annotations
 
+import datetime
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 from latentrt.runtime.console import log, note, print_table
+from latentrt.runtime.precisions import CALIBRATED
 
 from .adopt import Adopted
 from .budget import METRICS, decibels
@@ -17,6 +21,11 @@ from .prediction_noise import mean_db
 from .verification import Measured, Verification, value_of
 
 NOT_ON_A_GPU = "measured with ONNX Runtime on the CPU; not run on a GPU"
+# Noises of two networks add: each held its budget, both together may not.
+BY_ITSELF = (
+    "{component} was measured beside networks in fp32. A run in {precision} draws with it and the U-Net in {precision}: "
+    "calibrate the U-Net after it, which is then verified with it"
+)
 _PICTURES = ("psnr", "ssim", "flip", "lpips")
 
 
@@ -119,9 +128,35 @@ def tell_adopted(bundle: Path, adopted: Adopted, *, as_json: bool) -> None:
         note(text)
 
 
+def write_page(path: Path, bundle: Path, result: Calibrated) -> None:
+    """The report of a calibration.
+
+    Raises:
+        ArtifactError: a picture is missing.
+        OSError: the file cannot be written.
+    """
+    from .report import Report, write_report
+
+    write_report(
+        path,
+        Report(
+            title=bundle.name,
+            plan=result.plan,
+            verification=result.verification,
+            frontier=result.frontier,
+            pictures=result.folder,
+            command=shlex.join(["latentrt", *sys.argv[1:]]),
+            date=datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        ),
+    )
+
+
 def note_of(verification: Verification) -> str:
     """What is not known of a verification's figures; empty if nothing is."""
-    return "" if verification.on_gpu else NOT_ON_A_GPU
+    notes = [] if verification.on_gpu else [NOT_ON_A_GPU]
+    if verification.component != CALIBRATED[0]:
+        notes.append(BY_ITSELF.format(component=verification.component, precision=verification.tested))
+    return "; ".join(notes)
 
 
 def figures_of(verification: Verification) -> dict[str, dict[str, float]]:

@@ -19,11 +19,12 @@ from .planning import plan_items, selected
 from .preparing import Prepared, Progress, Say, captured_part, prompts_for
 from .prompts import PromptSplit
 from .report_plots import Frontier
+from .requirements import check_options, check_source
 from .search import Choice, Trial, best, spare_db
 from .solver import frontier
 from .source import Source, open_source
-from .stages import FOLDER
-from .verification import Outcome, Verification, outcomes, save_verification
+from .stages import FOLDER, alone
+from .verification import Outcome, Verification, outcomes, save_verification, what_limits
 from .verify import verify_plan
 
 VERIFICATION = "verification.json"
@@ -76,26 +77,35 @@ def calibrate(
 ) -> Calibrated:
     """Find the cheapest plan that meets the budgets, apply it, and verify it on held-out prompts.
 
+    What misses a budget there is chosen anew with more in hand. If that is beyond all plans, the last one counts.
+
     Raises:
         CalibrationError: no plan meets the budgets; says how near the nearest came, and what limits it.
         UsageError, ArtifactError, BackendError: as `preparing.prepare` and `apply.apply_plan`.
     """
     options, plan = prepared.options, prepared.plan
-    reserve = 0.0
-    with measuring(prepared, say=say, on_progress=on_progress) as bench:
-        for left in reversed(range(_AGAIN + 1)):
-            trials = bench.search(options.budgets, reserve_db=reserve)
+    path, component = prepared.source.bundle.path, prepared.source.component
+    with alone(path, component, say=say):
+        result, reserve = None, 0.0
+        for _ in range(1 + _AGAIN):
+            # The network's weights are in memory for the search alone: verifying opens others.
+            with measuring(prepared, say=say, on_progress=on_progress) as bench:
+                trials = bench.search(options.budgets, reserve_db=reserve)
             chosen = best(trials)
-            if chosen is None:
-                raise CalibrationError(out_of_reach(trials))
+            if chosen is None or not chosen.choice.chosen:
+                if result is None:
+                    raise CalibrationError(out_of_reach(trials, plan))
+                say("no plan has that much in hand")
+                break
             made = {"predicted_db": chosen.choice.predicted_db, "reserve_db": reserve}
             made_of = selected(plan, chosen.choice.chosen, made=made)
             result = _apply_and_verify(prepared, made_of, trials, reserve, say, on_progress)
-            missing = max((-spare_db(each.budget, each.value) for each in result.outcomes if not each.met), default=0.0)
-            if result.met or not left:
+            if result.met:
                 break
+            missing = max(-spare_db(each.budget, each.value) for each in result.outcomes if not each.met)
+            say(f"held-out prompts miss a budget by {missing:.1f} dB")
             reserve += missing + _MORE_DB
-            say(f"held-out prompts miss a budget by {missing:.1f} dB: searching again with that much more in hand")
+    assert result is not None
     return result
 
 
@@ -109,7 +119,8 @@ def quantize_all(
 
     Raises: as `calibrate`, but for budgets.
     """
-    return _apply_and_verify(prepared, prepared.plan, (), 0.0, say, on_progress)
+    with alone(prepared.source.bundle.path, prepared.source.component, say=say):
+        return _apply_and_verify(prepared, prepared.plan, (), 0.0, say, on_progress)
 
 
 def verify_edited(
@@ -131,11 +142,14 @@ def verify_edited(
         CalibrationError: the plan is for another graph or with other LoRAs, or not consistent.
         UsageError, ArtifactError, BackendError: as `preparing.prepare`.
     """
+    check_options(options)
     plan = load_plan(path)
     source = open_source(bundle, component=plan.component, loras=options.loras)
     options = dataclasses.replace(options, component=plan.component)
     split = prompts_for(options)
-    return apply_and_verify(source, plan, options, split, say=say, on_progress=on_progress)
+    check_source(source, options, split)
+    with alone(bundle, plan.component, say=say):
+        return apply_and_verify(source, plan, options, split, say=say, on_progress=on_progress)
 
 
 def apply_and_verify(
@@ -178,14 +192,25 @@ def apply_and_verify(
     return Calibrated(plan, (), applied, verification, folder, 0.0, ())
 
 
-def out_of_reach(trials: Sequence[Trial]) -> str:
-    """Why no plan that was measured meets the budgets, and how near the nearest came."""
-    nearest = max(trials, key=lambda trial: trial.spare_db)
+def out_of_reach(trials: Sequence[Trial], plan: Plan) -> str:
+    """Why no plan that was measured meets the budgets, how near the nearest came, and what limits it.
+
+    Args:
+        trials: none of which quantizes anything within the budgets.
+        plan: that they are choices from.
+    """
+    quantizing = [trial for trial in trials if trial.choice.chosen]
+    if not quantizing:
+        return (
+            f"{plan.component}: expected layers that are worth quantizing, got none by {plan.made.get('costs')}. "
+            "Keep the network in fp16."
+        )
+    nearest = max(quantizing, key=lambda trial: trial.spare_db)
     metric, size = nearest.limiting.metric, len(nearest.choice.chosen)
     return (
         f"budget: expected {nearest.limiting}, got {nearest.values[metric]:.4g} from the nearest of {len(trials)} "
-        f"plans, which quantizes {size} layers, {nearest.choice.gain:.1%} of the cost. Ask for less than that, or "
-        "keep the network in fp16."
+        f"plans, which quantizes {size} layers, {nearest.choice.gain:.1%} of the cost. "
+        f"{what_limits((), selected(plan, nearest.choice.chosen))} Ask for less, or keep the network in fp16."
     )
 
 

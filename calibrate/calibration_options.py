@@ -17,7 +17,7 @@ from .pictures import Drawing
 from .planning import PlanOptions
 from .prompts import LEAST, PromptSplit
 from .search import ROUNDS
-from .solver import Solver
+from .solver import Solver, check_solver
 from .statistics import DEFAULT_BINS, DEFAULT_ROWS
 
 Part = Literal["calibration", "search", "verification"]
@@ -25,7 +25,7 @@ Part = Literal["calibration", "search", "verification"]
 # Prompts to calibrate, to search and to verify with.
 DEFAULT_COUNTS = (64, 8, 32)
 # Prompts whose calls noise is taken from: it is a mean over very many numbers, which few calls tell well.
-DEFAULT_SENSITIVITY_PROMPTS = 8
+DEFAULT_NOISE_PROMPTS = 8
 # Pictures of the parts have seeds of their own; the held-out ones those that a user would type.
 _SEEDS: Mapping[Part, int] = {"verification": 0, "search": 100_000, "calibration": 200_000}
 
@@ -46,8 +46,8 @@ class CalibrateOptions:
         loras: of the bundle, by name, with scales or None for each one's own.
         bins: to divide the timesteps into.
         rows: of every input to keep for output errors.
-        noise_prompts: of the calibration whose calls sensitivities are taken from, and of the held-out ones whose
-            calls are predicted.
+        noise_prompts: of the search, whose calls sensitivities are taken from, and of the verification, whose calls
+            are predicted; at most.
         solver: greedy or milp.
         rounds: plans to measure at most.
         times: file of layer times; without one a layer costs its MACs.
@@ -68,7 +68,7 @@ class CalibrateOptions:
     loras: Mapping[str, float | None] = field(default_factory=dict)
     bins: int = DEFAULT_BINS
     rows: int = DEFAULT_ROWS
-    noise_prompts: int = DEFAULT_SENSITIVITY_PROMPTS
+    noise_prompts: int = DEFAULT_NOISE_PROMPTS
     solver: Solver = "milp"
     rounds: int = ROUNDS
     times: Path | None = None
@@ -81,8 +81,11 @@ class CalibrateOptions:
         """Check what no other part checks.
 
         Raises:
-            UsageError: a number is below 1.
+            UsageError: a number is out of its range, or there is no such solver.
         """
+        check_solver(self.solver)
+        if not self.seed >= 0:
+            raise UsageError(f"seed: expected 0 or more, got {self.seed}.")
         for name in ("noise_prompts", "rounds", "bins"):
             if not getattr(self, name) >= 1:
                 raise UsageError(f"{name}: expected 1 or more, got {getattr(self, name)}.")

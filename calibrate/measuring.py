@@ -17,7 +17,7 @@ from .calibration_options import drawn_by
 from .judge import load_judge
 from .picture_metrics import BUILT_IN
 from .planning import plan_items, selected
-from .preparing import Prepared, Progress, Say, captured_part, network_on
+from .preparing import Prepared, Progress, Say, network_on
 from .search import Choice, Trial, search
 from .solver import solve
 from .trial import Bench, measure_plan
@@ -73,7 +73,6 @@ def measuring(prepared: Prepared, *, say: Say, on_progress: Progress) -> Iterato
     Raises: as `prepare`.
     """
     options, source = prepared.options, prepared.source
-    captured = captured_part(source, options, prepared.split, "search", say=say, on_progress=on_progress)
     drawing = drawn_by(options, prepared.split, "search", source.bundle.path)
     metrics = dict(BUILT_IN)
     if options.lpips is not None:
@@ -81,7 +80,7 @@ def measuring(prepared: Prepared, *, say: Say, on_progress: Progress) -> Iterato
 
         metrics["lpips"] = open_lpips(options.lpips)
     means: dict[str, Any] = {
-        "capture": captured.key,
+        "capture": prepared.search.key,
         "pictures": drawing.key("fp32"),
         "judge": None if options.judge is None else sha256_of(Path(options.judge.rpartition(":")[0])),
         "lpips": None if options.lpips is None else sha256_of(options.lpips),
@@ -92,7 +91,7 @@ def measuring(prepared: Prepared, *, say: Say, on_progress: Progress) -> Iterato
             source=source,
             network=network,
             device=options.device,
-            calls=tuple(captured.calls()),
+            calls=tuple(prepared.search.calls()),
             drawing=drawing,
             folder=prepared.stage.folder / f"pictures-{name}",
             metrics=metrics,

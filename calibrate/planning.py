@@ -20,7 +20,7 @@ from .layer_costs import Costs
 from .layer_quant import Kind, LayerQuant, precision_of
 from .layers import LEAST_CHANNELS, Layer, layer_weights
 from .plan import LayerPlan, Plan
-from .scales import DEFAULT_PERCENT, Method, choose_scales
+from .scales import DEFAULT_PERCENT, Method, check_method, choose_scales
 from .sensitivity import one_at_a_time, sensitivities
 from .smoothing import choose_smoothing
 from .smoothing_sites import smoothing_sites
@@ -57,6 +57,14 @@ class PlanOptions:
     correct: bool = False
     exact: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what numbers are chosen by.
+
+        Raises:
+            UsageError: no such method for the kind, or a percentage out of its range.
+        """
+        check_method(self.method, self.percent, self.kind)
 
     @property
     def precision(self) -> str:

@@ -16,23 +16,21 @@ from typing import Any
 import torch
 
 from latentrt.export.networks import weights_at_hand
-from latentrt.export.resources import available_memory
 from latentrt.export.tool_versions import tool_versions
-from latentrt.runtime.errors import BackendError, UsageError
 from latentrt.runtime.manifest import sha256_of
 from latentrt.runtime.model_facts import read_schedules
 from latentrt.runtime.precisions import CALIBRATED
 
-from .budget import check_measurable
 from .calibration_options import CalibrateOptions, Part, captured_by, counts_for
 from .capture import capture, capture_inputs
 from .capture_file import Capture, open_capture
-from .layer_costs import layer_costs
+from .layer_costs import Costs, layer_costs
 from .layers import Layer
 from .plan import Plan
 from .plan_file import load_plan, save_plan
 from .planning import full_plan, with_noises
 from .prompts import PromptSplit, load_prompts, split_prompts
+from .requirements import check_memory, check_options, check_source
 from .source import Source, open_source
 from .stages import Stage, run_stage, stage_of
 from .statistics import Statistics, collect, estimated_bytes
@@ -54,7 +52,8 @@ class Prepared:
         options: of the calibration.
         split: the prompts.
         layers: of the graph, with costs for the size that is drawn.
-        calibration: captured calls.
+        calibration: captured calls, that statistics were taken of.
+        search: captured calls of other prompts, that noise is measured with.
         plan: that quantizes all that can be, with noises.
         stage: that keeps the plan.
     """
@@ -64,6 +63,7 @@ class Prepared:
     split: PromptSplit
     layers: tuple[Layer, ...]
     calibration: Capture
+    search: Capture
     plan: Plan
     stage: Stage
 
@@ -83,16 +83,12 @@ def prepare(
         CalibrationError: numbers are not finite, or the graph is not that of its network.
         BackendError: a network failed, or PyTorch does not have the device.
     """
-    check_measurable(options.budgets, judge=options.judge is not None, lpips=options.lpips is not None, calls=True)
-    _check_device(options.device)
+    check_options(options)
     source = open_source(bundle, component=options.component, loras=options.loras)
-    if not {"fp16", "mixed"} & set(source.bundle.held(options.component)):
-        raise UsageError(
-            f"{bundle}: expected {options.component} in fp16 as well, whose noise {options.numbers.precision}'s is "
-            f"compared with, found none. Run: latentrt export CHECKPOINT -o {bundle} --precision fp32,fp16"
-        )
     split = prompts_for(options)
+    check_source(source, options, split)
     layers = source.layers_at(width=options.settings.get("width"), height=options.settings.get("height"))
+    costs = layer_costs(layers, options.times, precision=options.numbers.precision)
     captured = captured_part(source, options, split, "calibration", say=say, on_progress=on_progress)
     for text in captured.notes:
         say(text)
@@ -100,8 +96,9 @@ def prepare(
     key: str | None = None
     if options.numbers.needs_statistics:
         statistics, key = _statistics(source, options, layers, captured, say, on_progress)
-    plan, stage = _plan(source, options, layers, captured, statistics, key, say, on_progress)
-    return Prepared(source, options, split, layers, captured, plan, stage)
+    others = captured_part(source, options, split, "search", say=say, on_progress=on_progress)
+    plan, stage = _plan(source, options, layers, costs, captured, others, statistics, key, say, on_progress)
+    return Prepared(source, options, split, layers, captured, others, plan, stage)
 
 
 def prompts_for(options: CalibrateOptions) -> PromptSplit:
@@ -141,7 +138,7 @@ def network_on(source: Source, device: str) -> Iterator[torch.nn.Module]:
         ArtifactError: a weight cannot be read.
     """
     needed = 4 * sum(int(torch.Size(weight.shape).numel()) for weight in source.network.weights.values())
-    _check_memory(source, needed, "its weights in float32")
+    check_memory(source, needed, "its weights in float32")
     with weights_at_hand(source.network, resident=True):
         yield source.wrapper.to(device)
 
@@ -167,7 +164,7 @@ def _statistics(
 
     def make(folder: Path) -> Statistics:
         needed = estimated_bytes(layers, bins=bins, capacity=options.rows)
-        _check_memory(source, needed, "the statistics")
+        check_memory(source, needed, "the statistics")
         on_cpu = options.device == "cpu"
         with weights_at_hand(source.network, resident=not on_cpu), captured.consumed() as calls:
             wrapper = source.wrapper if on_cpu else source.wrapper.to(options.device)
@@ -183,20 +180,21 @@ def _plan(
     source: Source,
     options: CalibrateOptions,
     layers: tuple[Layer, ...],
+    costs: Costs,
     captured: Capture,
+    others: Capture,
     statistics: Statistics | None,
     statistics_key: str | None,
     say: Say,
     progress: Progress,
 ) -> tuple[Plan, Stage]:
-    costs = layer_costs(layers, options.times, precision=options.numbers.precision)
     numbers = dataclasses.asdict(options.numbers)
     made: dict[str, Any] = {
         "capture": captured.key,
         "statistics": statistics_key,
         "options": numbers,
         "costs": costs.basis if options.times is None else sha256_of(options.times),
-        "noise_prompts": options.noise_prompts,
+        "noise": others.key,
         "macs": [layer.macs for layer in layers],
         "device": options.device,
         "tools": tool_versions((*_TOOLS, "scipy")),
@@ -213,9 +211,9 @@ def _plan(
         }
         progress("planning: smoothing and scales", 0.0)
         plan = full_plan(source, layers, statistics, costs, options.numbers, made=record)
-        chosen = [call for call in captured.calls() if call.prompt < options.noise_prompts]
-        with network_on(source, options.device) as network:
-            watched = _told(iter(chosen), len(chosen), "planning: sensitivities", progress)
+        # Of prompts that no range was taken from: on those that were, nothing is clipped.
+        with network_on(source, options.device) as network, others.consumed() as calls:
+            watched = _told(calls, others.count, "planning: sensitivities", progress)
             plan = with_noises(plan, network, watched, options.numbers, device=options.device)
         save_plan(plan, folder / _PLAN)
         return plan
@@ -228,22 +226,3 @@ def _told(calls: Iterator[Any], count: int, what: str, progress: Progress) -> It
     for index, call in enumerate(calls):
         progress(f"{what}: call {index + 1} of {count}", index / count)
         yield call
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as err:
-        raise BackendError(
-            f"device: expected one that PyTorch has, got {device!r}: {err}. Use cpu, or install PyTorch for your GPU."
-        ) from err
-
-
-def _check_memory(source: Source, needed: int, what: str) -> None:
-    """Refuse to start what the host's memory cannot hold."""
-    available = available_memory()
-    if available is not None and needed > available:
-        raise UsageError(
-            f"{source.component}: expected {needed / 1e9:.1f} GB of free memory for {what}, got "
-            f"{available / 1e9:.1f} GB. Close other programs, or keep fewer rows (--rows) or timestep bins."
-        )

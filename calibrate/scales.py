@@ -63,11 +63,7 @@ def choose_scales(
     counts = np.ones(statistics.bins) if bin_weights is None else np.asarray(bin_weights, np.float64)
     if counts.shape != (statistics.bins,) or not (np.isfinite(counts) & (counts > 0)).all():
         raise UsageError(f"bin_weights: expected {statistics.bins} positive numbers, got {bin_weights}.")
-    if not 0 < percent <= 100:
-        raise UsageError(f"percentile: expected more than 0 and at most 100, got {percent:g}.")
-    methods = [each for each in METHODS if kind == "int8" or each not in _INT8_METHODS]
-    if method not in methods:
-        raise UsageError(f"method: expected one of {', '.join(methods)} for {kind}, got {method}.")
+    check_method(method, percent, kind)
     scales: dict[str, float] = {}
     for group, members in groups(layers).items():
         seen, vector = statistics.inputs.get(group), (vectors or {}).get(group)
@@ -85,6 +81,19 @@ def choose_scales(
             amax = _tensor_clip(over_time, method, percent)
         scales |= dict.fromkeys((layer.name for layer in members), scale_of(amax, kind))
     return scales
+
+
+def check_method(method: str, percent: float, kind: Kind) -> None:
+    """Refuse what no scale can be chosen by.
+
+    Raises:
+        UsageError: no such method for the kind, or a percentage out of its range.
+    """
+    if not 0 < percent <= 100:
+        raise UsageError(f"percentile: expected more than 0 and at most 100, got {percent:g}.")
+    methods = [each for each in METHODS if kind == "int8" or each not in _INT8_METHODS]
+    if method not in methods:
+        raise UsageError(f"method: expected one of {', '.join(methods)} for {kind}, got {method}.")
 
 
 def _matching(

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 
 from latentrt.runtime.errors import CalibrationError
 
-from .budget import Budget
+from .budget import Budget, decibels
 
 # A plan that meets its budgets with no more than this to spare is not improved further.
 TOLERANCE_DB = 0.5
 ROUNDS = 4
-# Kept in hand when a step is taken by the slope, which is not exactly one.
+# Kept in hand when a step is taken by the slope, which is not known exactly.
 _MARGIN_DB = 0.2
+# Of the budget that is won for a decibel of predicted noise given up, at least: a few pictures may well say none.
+_FLATTEST = 0.3
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Choice:
     @property
     def predicted_db(self) -> float:
         """Signal over predicted noise, dB."""
-        return -10 * math.log10(self.noise) if self.noise > 0 else math.inf
+        return decibels(1.0, self.noise)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def search(
             break
         level = -choice.predicted_db
         low, high = (max(low, level), high) if trial.met else (low, min(high, level))
-        wanted = level + trial.spare_db - _MARGIN_DB
+        wanted = level + (trial.spare_db - _MARGIN_DB) / (_slope(trials) if low == -math.inf else 1)
         if not low < wanted < high:
             wanted = (low + high) / 2
         choice = solve(10 ** (wanted / 10))
@@ -113,6 +115,15 @@ def best(trials: Sequence[Trial]) -> Trial | None:
     """The trial that saves most of those that met the budgets; None if none did."""
     met = [trial for trial in trials if trial.met]
     return max(met, key=lambda trial: trial.choice.gain) if met else None
+
+
+def _slope(trials: Sequence[Trial]) -> float:
+    """Decibels of a budget that one of predicted noise is worth, by the last two plans; 1 before there are two."""
+    if len(trials) < 2:
+        return 1.0
+    before, after = trials[-2:]
+    won, given = after.spare_db - before.spare_db, after.choice.predicted_db - before.choice.predicted_db
+    return min(max(won / given, _FLATTEST), 1.0) if given > 0 else 1.0
 
 
 def _judged(choice: Choice, budgets: Sequence[Budget], values: Mapping[str, float], reserve_db: float) -> Trial:

@@ -88,8 +88,7 @@ def solve(items: Sequence[Item], limit: float, *, solver: Solver = "milp", time_
         UsageError: no such solver; the limit is negative or NaN.
         CalibrationError: a noise or gain is not finite, or a noise is negative.
     """
-    if solver not in SOLVERS:
-        raise UsageError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver}.")
+    check_solver(solver)
     if not limit >= 0:
         raise UsageError(f"limit: expected a noise of at least 0, got {limit:g}.")
     _check(items)
@@ -100,6 +99,16 @@ def solve(items: Sequence[Item], limit: float, *, solver: Solver = "milp", time_
         if _gain(exact) > _gain(picked):
             picked = exact
     return _choice(picked)
+
+
+def check_solver(solver: str) -> None:
+    """Refuse a name of no solver.
+
+    Raises:
+        UsageError: names those that there are.
+    """
+    if solver not in SOLVERS:
+        raise UsageError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver}.")
 
 
 def frontier(items: Sequence[Item]) -> tuple[Choice, ...]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from latentrt.runtime.errors import ArtifactError
+from latentrt.runtime.errors import ArtifactError, CalibrationError
 from latentrt.runtime.manifest import changed_inputs, key_of, write_atomic
 
 # Raised when a stage computes otherwise than before: what earlier versions left is then made again.
@@ -75,7 +76,7 @@ def run_stage(
         if stage.done:
             try:
                 result = load(stage.folder)
-            except ArtifactError as err:
+            except (ArtifactError, CalibrationError) as err:
                 say(f"{stage.name}: made again: {err}")
                 (stage.folder / _DONE).unlink()
             else:
@@ -86,6 +87,30 @@ def run_stage(
         result = make(stage.folder)
         write_atomic(stage.folder / _DONE, (json.dumps(stage.inputs, indent=1, sort_keys=True) + "\n").encode())
     return result
+
+
+@contextmanager
+def alone(bundle: Path, component: str, *, say: Callable[[str], None] = lambda _text: None) -> Iterator[None]:
+    """Let one process at a time search, apply and verify plans of a network; others wait.
+
+    Args:
+        say: told of the wait.
+
+    Raises:
+        OSError: the bundle cannot be written to.
+    """
+    folder = bundle / FOLDER / component
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another process that calibrates {component}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _reason(stage: Stage) -> str:

@@ -72,7 +72,13 @@ class BundlePlan:
     def notes(self) -> tuple[str, ...]:
         """What the figures rest on."""
         guessed = self.flavour == "tensorrt" and any(plan.stated is None for plan in self.components)
-        return (f"CUDA: {CONTEXT_SOURCE}", STREAMING, *((OTHER_FLAVOUR,) if guessed else ()), NOT_RUN)
+        sides = [
+            f"{plan.component} {plan.precision}: up to {plan.estimate.side / 1e6:.0f} MB of its activation is for "
+            "kernels that may run side by side; whether they do, the builder decides"
+            for plan in self.components
+            if plan.estimate.side and plan.stated is None
+        ]
+        return (f"CUDA: {CONTEXT_SOURCE}", STREAMING, *sides, *((OTHER_FLAVOUR,) if guessed else ()), NOT_RUN)
 
 
 def plan_bundle(
@@ -177,6 +183,7 @@ def _component_as_json(plan: ComponentPlan) -> dict[str, Any]:
         "activation_bytes": plan.memory.activation,
         "activation_source": "estimate" if plan.stated is None else "builder",
         "estimated_activation_bytes": plan.estimate.total,
+        "estimated_side_bytes": plan.estimate.side,
         "estimate_error": plan.estimate_error,
         "fullest_at": plan.estimate.at,
         "held_there": dict(itertools.islice(plan.estimate.held.items(), _HELD_SHOWN)),

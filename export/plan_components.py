@@ -59,8 +59,14 @@ class ComponentPlan:
 
     @property
     def estimate_error(self) -> float | None:
-        """How far the estimate is from the builder's figure, as a part of that; None without one."""
-        return None if not self.stated else self.estimate.total / self.stated - 1
+        """How far the estimate is from the builder's figure, as a part of that; None without one.
+
+        Where the builder may do without side streams, 0 from the least of the estimate to the most.
+        """
+        if not self.stated:
+            return None
+        least, most = self.estimate.total - self.estimate.side, self.estimate.total
+        return min(max(self.stated, least), most) / self.stated - 1
 
 
 def plan_components(

@@ -67,7 +67,7 @@ class FailingBuilder:
             }
         )
         if self.library.errors:
-            shared_logger(trt).messages.append(("ERROR", self.library.errors.pop(0)))
+            shared_logger(self.library).messages.append(("ERROR", self.library.errors.pop(0)))
             return None
         return self.builder.build_serialized_network(network, settings)
 

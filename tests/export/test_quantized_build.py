@@ -123,10 +123,24 @@ def test_it_is_planned_like_any_other(
 ) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
     bundle = bundle_with(tmp_path, "int8", ours("int8"))
-    assert main(["plan", str(bundle), "--precision", "int8", "--size", "64", "--json"]) == 0
-    planned = {part["component"]: part for part in json.loads(capsys.readouterr().out)["components"]}
+    command = ["plan", str(bundle), "--precision", "int8", "--size", "64", "--flavour", "tensorrt_rtx", "--json"]
+    assert main(command) == 0
+    before = json.loads(capsys.readouterr().out)
+    planned = {part["component"]: part for part in before["components"]}
     assert {name: part["precision"] for name, part in planned.items()} == {
         "text_encoder": "fp16",
         "unet": "int8",
         "vae_decoder": "fp16",
     }
+    # Seven more streams than the first, with a workspace each, are the builder's to take.
+    sides = {name: part["estimated_side_bytes"] for name, part in planned.items()}
+    assert sides == {"text_encoder": 0, "unet": 7 * 8_192_000, "vae_decoder": 0}
+    (note,) = (note for note in before["notes"] if "side by side" in note)
+    assert "unet int8: up to 57 MB" in note
+    (built,) = build(bundle, precision="int8")
+    assert main(command) == 0
+    after = json.loads(capsys.readouterr().out)
+    unet = next(part for part in after["components"] if part["component"] == "unet")
+    assert unet["activation_bytes"] == built.sidecar.activation_bytes <= planned["unet"]["activation_bytes"]
+    assert abs(unet["estimate_error"]) < 0.05
+    assert not [note for note in after["notes"] if "side by side" in note]

@@ -277,3 +277,32 @@ def test_a_picture_from_engines_is_that_of_onnx_runtime(
     psnr = 10 * np.log10(255**2 / max(float(np.mean((found - wanted) ** 2)), 1e-12))
     assert psnr >= 30, psnr
     assert pipe.notes == ()
+
+
+def test_an_int8_engine_rounds_as_the_graph_says(flavour: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The integers of both graphs are the same, so an engine is nearer to ONNX Runtime's int8 than that is to fp32."""
+    bundle = quantized_bundle(request.getfixturevalue("shapes_bundle"), tmp_path / "shapes.bundle")
+    build(bundle, flavour, precision="int8", batch="1", size="128", components=("unet",))
+    given = feeds(side=16)
+    found, int8, fp32 = (
+        open_session(open_bundle(bundle), "unet", precision, backend=backend)(given)["out_sample"]
+        for precision, backend in (("int8", flavour), ("int8", "onnxruntime"), ("fp32", "onnxruntime"))
+    )
+    noise = np.linalg.norm(int8 - fp32)
+    assert 0 < np.linalg.norm(found - int8) < noise
+    assert np.linalg.norm(found - fp32) < 1.5 * noise
+
+
+def quantized_bundle(held: Path, path: Path) -> Path:
+    """A copy of a bundle with the U-Net in int8, from a calibration of few prompts."""
+    from latentrt.calibrate.apply import apply_plan
+    from latentrt.calibrate.calibration_options import CalibrateOptions
+    from latentrt.calibrate.preparing import prepare
+
+    shutil.copytree(held, path)
+    options = CalibrateOptions(
+        prompts="shapes", counts=(4, 1, 1), timesteps=4, noise_prompts=1, settings={"steps": 8, "guidance": 5.0}
+    )
+    prepared = prepare(path, options)
+    apply_plan(prepared.source, prepared.plan)
+    return path
