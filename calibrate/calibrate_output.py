@@ -23,8 +23,8 @@ from .verification import Measured, Verification, value_of
 NOT_ON_A_GPU = "measured with ONNX Runtime on the CPU; not run on a GPU"
 # Noises of two networks add: each held its budget, both together may not.
 BY_ITSELF = (
-    "{component} was measured beside networks in fp32. A run in {precision} draws with it and the U-Net in {precision}: "
-    "calibrate the U-Net after it, which is then verified with it"
+    "{component} was measured beside networks in fp32. A run in {precision} draws with it and the U-Net in "
+    "{precision}: calibrate the U-Net after it, which is then verified with it"
 )
 _PICTURES = ("psnr", "ssim", "flip", "lpips")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +25,7 @@ from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.session import OnnxSession
 
 DRAWN = ["--steps", "2", "--size", "64x64", "--seed", "3", "--counts", "3,1,2"]
-SETTINGS = {"steps": 2, "width": 64, "height": 64}
+SETTINGS: dict[str, Any] = {"steps": 2, "width": 64, "height": 64}
 
 
 def with_pictures(bundle: Path) -> None:

@@ -285,7 +285,7 @@ def test_an_int8_engine_rounds_as_the_graph_says(flavour: str, tmp_path: Path, r
     build(bundle, flavour, precision="int8", batch="1", size="128", components=("unet",))
     given = feeds(side=16)
     found, int8, fp32 = (
-        open_session(open_bundle(bundle), "unet", precision, backend=backend)(given)["out_sample"]
+        open_session(open_bundle(bundle), "unet", precision, backend=backend)(given)["out_sample"].astype(np.float64)
         for precision, backend in (("int8", flavour), ("int8", "onnxruntime"), ("fp32", "onnxruntime"))
     )
     noise = np.linalg.norm(int8 - fp32)
