@@ -5,6 +5,7 @@
 All is drawn with 20 steps of DPM++ 2M Karras at guidance 5, and measured on prompts that nothing was calibrated or
 chosen with, against fp32 pictures of the same seeds. Beside the table of plans:
 
+    numbers       noise of all layers by every way to choose their scales, with smoothing and without
     frontier      noise of plans as the solver predicts it, and as it is measured on held-out calls
     sensitivity   noise of single layers from one backward pass, and with that layer alone quantized
     engines       built ahead of time by TensorRT-RTX in fp16 and int8; none is run
@@ -24,7 +25,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from int8_checks import engine, frontier, killed, sensitivity
+from int8_checks import engine, frontier, killed, numbers, sensitivity, split_alone
 from int8_peers import Peer, quantize_peer
 
 from latentrt.calibrate.adopt import adopt_graph
@@ -40,6 +41,7 @@ from latentrt.calibrate.apply import apply_plan
 from latentrt.calibrate.budget import parse_budgets
 from latentrt.calibrate.calibration import frontier_of, out_of_reach
 from latentrt.calibrate.calibration_options import CalibrateOptions, drawn_by
+from latentrt.calibrate.calls import Call
 from latentrt.calibrate.capture_file import Capture
 from latentrt.calibrate.measuring import measuring
 from latentrt.calibrate.placement import check_placement
@@ -50,6 +52,7 @@ from latentrt.calibrate.prediction_noise import mean_db, share_db
 from latentrt.calibrate.preparing import Prepared, captured_part, prepare
 from latentrt.calibrate.report import Report, write_report
 from latentrt.calibrate.report_plots import frontier_plot
+from latentrt.calibrate.scales import METHODS
 from latentrt.calibrate.search import Trial, best
 from latentrt.calibrate.solver import predicted_sqnr
 from latentrt.calibrate.verification import Verification, value_of
@@ -275,20 +278,37 @@ def measure(bench: Bench, original: Path) -> None:
     """All that is not measured yet."""
     prepared = bench.prepared(ROWS[DEFAULT])
     measure_row(bench, DEFAULT, ROWS[DEFAULT], prepared)
-    key, graphs = prepared.stage.key, prepared.source.bundle
-    bench.once("checks", "frontier", key, lambda: frontier(prepared, bench.held_out(prepared).calls()))
+    key = prepared.stage.key
+
+    def held_out() -> Iterator[Call]:
+        return bench.held_out(prepared).calls()
+
+    bench.once("checks", "frontier", key, lambda: frontier(prepared, held_out()))
+    bench.once("checks", "numbers", key, lambda: numbers(prepared.source, all_numbers(bench), held_out()))
     calls = [call for call in prepared.calibration.calls() if call.prompt < OPTIONS.noise_prompts]
     bench.once("checks", "sensitivity", key, lambda: sensitivity(prepared, calls[::4]))
     apply_plan(prepared.source, chosen_plan(bench, prepared)[0])
     for target in TARGETS:
         for precision in ("fp16", "int8"):
-            graph = sha256_of(graphs.graph("unet", precision))
+            graph = sha256_of(open_bundle(bench.bundle).graph("unet", precision))
             bench.once("engines", f"{precision} {target}", graph, partial(engine, bench.bundle, precision, target))
     for name, row in ROWS.items():
         measure_row(bench, name, row, prepared if row.peer else bench.prepared(row))
     command = [sys.executable, __file__, "--prepare"]
     folder = bench.work / "killed"
     bench.once("checks", "killed", key, lambda: killed(original, folder, SMALL, command))
+
+
+def all_numbers(bench: Bench) -> dict[str, Plan]:
+    """Plans that quantize all layers, by each way to choose their scales; and with a part of smoothing alone."""
+    rows = {
+        f"{method}, {'smoothed' if smooth else 'not smoothed'}": Row(0, PlanOptions(method=method, smooth=smooth))
+        for smooth in (True, False)
+        for method in METHODS
+    }
+    plans = {name: bench.prepared(row).plan for name, row in rows.items()}
+    split = split_alone(*(plans[f"minmax, {how}"] for how in ("smoothed", "not smoothed")))
+    return {**plans, "minmax, conv_shortcut smoothed alone": split}
 
 
 def measure_row(bench: Bench, name: str, row: Row, prepared: Prepared) -> None:

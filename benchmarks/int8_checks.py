@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from scipy.stats import spearmanr
 
 from latentrt.calibrate.calibration_options import CalibrateOptions
 from latentrt.calibrate.calls import Call
+from latentrt.calibrate.plan import Plan
 from latentrt.calibrate.plan_file import plan_key
 from latentrt.calibrate.planning import plan_items, selected
-from latentrt.calibrate.prediction_noise import share_db
+from latentrt.calibrate.prediction_noise import mean_db, share_db
 from latentrt.calibrate.preparing import Prepared, network_on, prepare
 from latentrt.calibrate.sensitivity import measured, one_at_a_time, sensitivities
 from latentrt.calibrate.solver import solve
+from latentrt.calibrate.source import Source
 from latentrt.export.build_options import BuildOptions
 from latentrt.export.engine_jobs import build_engines
 
@@ -52,6 +55,35 @@ def frontier(prepared: Prepared, calls: Iterable[Call], *, points: int = 10) -> 
     ]
     deviations = [mix["measured_db"] - mix["predicted_db"] for mix in mixes]
     return {"plans": mixes, "largest_deviation_db": max(deviations, key=abs)}
+
+
+def numbers(source: Source, plans: Mapping[str, Plan], calls: Iterable[Call]) -> dict[str, Any]:
+    """The noise of plans that quantize the same layers by other numbers, in simulation.
+
+    Args:
+        source: of the plans.
+        plans: by name.
+        calls: that nothing was calibrated with.
+    """
+    with network_on(source, "cpu") as network:
+        found = measured(network, {name: plan.quants() for name, plan in plans.items()}, calls)
+    steps = {name: found.together([name]) for name in plans}
+    return {name: {"mean_db": mean_db(each), "share_db": share_db(each)} for name, each in steps.items()}
+
+
+def split_alone(smoothed: Plan, plain: Plan) -> Plan:
+    """A plan that smooths the inputs of conv_shortcut alone, whose two branches then have scales of their own.
+
+    Args:
+        smoothed: and `plain`: plans of the same layers.
+    """
+    chosen = {layer.name: layer for layer in smoothed.layers if layer.kind == "conv_shortcut"}
+    groups = {layer.group for layer in chosen.values()}
+    return dataclasses.replace(
+        plain,
+        layers=tuple(chosen.get(layer.name, layer) for layer in plain.layers),
+        vectors={group: vector for group, vector in smoothed.vectors.items() if group in groups},
+    )
 
 
 def sensitivity(prepared: Prepared, calls: Sequence[Call], *, count: int = 40) -> dict[str, Any]:

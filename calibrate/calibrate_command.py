@@ -216,7 +216,7 @@ def _check_modes(given: Sequence[str], report: Path | None) -> None:
     if given and given[0] in ("--sensitivity", "--adopt"):
         raise UsageError(f"--report: expected a calibration to report on, got {given[0]}. Leave one out.")
     if report.is_dir() or not report.parent.is_dir():
-        raise UsageError(f"{report}: expected a file to write in a folder that exists, found none. Make it first.")
+        raise UsageError(f"report: expected a file to write in a folder that exists, got {report}.")
 
 
 def _kind(precision: str) -> tuple[Kind, bool]:

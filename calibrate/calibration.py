@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from latentrt.runtime.errors import CalibrationError
+from latentrt.runtime.lora_weights import lora_notes
 
 from .apply import Applied, apply_plan
 from .calibration_options import CalibrateOptions, drawn_by
 from .measuring import measuring
 from .plan import Plan
+from .plan_checks import check_plan
 from .plan_file import load_plan, plan_key
 from .planning import plan_items, selected
 from .preparing import Prepared, Progress, Say, captured_part, prompts_for
@@ -28,8 +31,9 @@ from .verification import Outcome, Verification, outcomes, save_verification, wh
 from .verify import verify_plan
 
 VERIFICATION = "verification.json"
-# A plan that misses a budget on the held-out prompts is chosen anew with so much more in hand, and so often.
-_AGAIN, _MORE_DB = 2, 0.3
+# A plan that misses a budget on the held-out prompts is chosen anew, so often, with less noise by what it missed and
+# this; after that by twice as much again, for where pictures are worse the less they have to do with noise.
+_AGAIN, _MORE_DB = 3, 0.3
 # Captured calls that the graphs are run on before they are put into the bundle.
 _CASES = 2
 # Points of the solver's frontier that are kept for the report.
@@ -46,7 +50,6 @@ class Calibrated:
         applied: the graphs in the bundle.
         verification: on held-out prompts.
         folder: of the verification, with its pictures.
-        reserve_db: that had to be kept of the budgets for held-out prompts to hold them.
         frontier: plans that the solver offers: share of the macs, predicted dB, and measured dB or None.
     """
 
@@ -55,7 +58,6 @@ class Calibrated:
     applied: Applied
     verification: Verification
     folder: Path
-    reserve_db: float
     frontier: Frontier
 
     @property
@@ -77,7 +79,7 @@ def calibrate(
 ) -> Calibrated:
     """Find the cheapest plan that meets the budgets, apply it, and verify it on held-out prompts.
 
-    What misses a budget there is chosen anew with more in hand. If that is beyond all plans, the last one counts.
+    What misses a budget there is chosen anew with less noise. If no plan has less, the last one counts.
 
     Raises:
         CalibrationError: no plan meets the budgets; says how near the nearest came, and what limits it.
@@ -86,25 +88,26 @@ def calibrate(
     options, plan = prepared.options, prepared.plan
     path, component = prepared.source.bundle.path, prepared.source.component
     with alone(path, component, say=say):
-        result, reserve = None, 0.0
+        result, limit, less_db = None, math.inf, 0.0
         for _ in range(1 + _AGAIN):
             # The network's weights are in memory for the search alone: verifying opens others.
             with measuring(prepared, say=say, on_progress=on_progress) as bench:
-                trials = bench.search(options.budgets, reserve_db=reserve)
+                trials = bench.search(options.budgets, limit=limit)
             chosen = best(trials)
             if chosen is None or not chosen.choice.chosen:
                 if result is None:
                     raise CalibrationError(out_of_reach(trials, plan))
-                say("no plan has that much in hand")
+                say("no plan has so little noise")
                 break
-            made = {"predicted_db": chosen.choice.predicted_db, "reserve_db": reserve}
+            made = {"predicted_db": chosen.choice.predicted_db}
             made_of = selected(plan, chosen.choice.chosen, made=made)
-            result = _apply_and_verify(prepared, made_of, trials, reserve, say, on_progress)
+            result = _apply_and_verify(prepared, made_of, trials, say, on_progress)
             if result.met:
                 break
             missing = max(-spare_db(each.budget, each.value) for each in result.outcomes if not each.met)
-            say(f"held-out prompts miss a budget by {missing:.1f} dB")
-            reserve += missing + _MORE_DB
+            less_db = max(missing + _MORE_DB, 2 * less_db)
+            limit = chosen.choice.noise * 10 ** (-less_db / 10)
+            say(f"held-out prompts miss a budget by {missing:.1f} dB: {less_db:.1f} dB less noise are wanted")
     assert result is not None
     return result
 
@@ -120,7 +123,7 @@ def quantize_all(
     Raises: as `calibrate`, but for budgets.
     """
     with alone(prepared.source.bundle.path, prepared.source.component, say=say):
-        return _apply_and_verify(prepared, prepared.plan, (), 0.0, say, on_progress)
+        return _apply_and_verify(prepared, prepared.plan, (), say, on_progress)
 
 
 def verify_edited(
@@ -148,6 +151,7 @@ def verify_edited(
     options = dataclasses.replace(options, component=plan.component)
     split = prompts_for(options)
     check_source(source, options, split)
+    check_plan(plan, source.layers, source.files, lora_notes(source.loras))
     with alone(bundle, plan.component, say=say):
         return apply_and_verify(source, plan, options, split, say=say, on_progress=on_progress)
 
@@ -189,7 +193,7 @@ def apply_and_verify(
         on_progress=lambda what, done, total: on_progress(what, done / max(total, 1)),
     )
     save_verification(folder / VERIFICATION, verification)
-    return Calibrated(plan, (), applied, verification, folder, 0.0, ())
+    return Calibrated(plan, (), applied, verification, folder, ())
 
 
 def out_of_reach(trials: Sequence[Trial], plan: Plan) -> str:
@@ -215,11 +219,11 @@ def out_of_reach(trials: Sequence[Trial], plan: Plan) -> str:
 
 
 def _apply_and_verify(
-    prepared: Prepared, plan: Plan, trials: Sequence[Trial], reserve_db: float, say: Say, progress: Progress
+    prepared: Prepared, plan: Plan, trials: Sequence[Trial], say: Say, progress: Progress
 ) -> Calibrated:
     result = apply_and_verify(prepared.source, plan, prepared.options, prepared.split, say=say, on_progress=progress)
     offered = frontier_of(prepared, trials)
-    return dataclasses.replace(result, trials=tuple(trials), reserve_db=reserve_db, frontier=offered)
+    return dataclasses.replace(result, trials=tuple(trials), frontier=offered)
 
 
 def frontier_of(prepared: Prepared, trials: Sequence[Trial]) -> Frontier:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,16 +34,16 @@ class Measuring:
     say: Say
     progress: Progress
 
-    def search(self, budgets: Sequence[Budget], *, reserve_db: float = 0.0) -> tuple[Trial, ...]:
+    def search(self, budgets: Sequence[Budget], *, limit: float = math.inf) -> tuple[Trial, ...]:
         """The plans that were measured until one meets the budgets, as `search.search`."""
         options, plan = self.prepared.options, self.prepared.plan
         items = plan_items(plan, self.prepared.layers)
         return search(
-            lambda limit: solve(items, limit, solver=options.solver),
+            lambda noise: solve(items, noise, solver=options.solver),
             budgets,
             lambda choice: self.values(choice, budgets),
             rounds=options.rounds,
-            reserve_db=reserve_db,
+            limit=limit,
         )
 
     def values(self, choice: Choice, budgets: Sequence[Budget]) -> Mapping[str, float]:

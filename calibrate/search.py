@@ -72,18 +72,18 @@ def search(
     measure: Callable[[Choice], Mapping[str, float]],
     *,
     rounds: int = ROUNDS,
-    reserve_db: float = 0.0,
+    limit: float = math.inf,
 ) -> tuple[Trial, ...]:
     """Measure plans until one meets all budgets with little to spare, or rounds are used up.
 
-    The first takes whatever can be quantized; a plan is not measured twice.
+    The first takes all that is within the limit; a plan is not measured twice.
 
     Args:
         solve: the best plan within a limit of noise, a share of the guided prediction's power.
         budgets: all to be met.
         measure: a plan, giving the values of the budgets' metrics.
         rounds: plans to measure at most; twice as many as long as none meets the budgets.
-        reserve_db: to be left of every budget, for what other pictures were found to need.
+        limit: of the noise of all plans, a share of the guided prediction's power.
 
     Returns:
         In the order in which they were measured; `best` picks one.
@@ -92,13 +92,13 @@ def search(
         CalibrationError: a measured value is NaN.
     """
     trials: list[Trial] = []
-    choice = solve(math.inf)
+    choice = solve(limit)
     # In decibels of predicted noise: the most that held, and the least that did not.
     low, high = -math.inf, math.inf
     while len(trials) < (rounds if best(trials) else 2 * rounds):
         if any(choice.chosen == trial.choice.chosen for trial in trials):
             break
-        trial = _judged(choice, budgets, measure(choice), reserve_db)
+        trial = _judged(choice, budgets, measure(choice))
         trials.append(trial)
         if not choice.chosen or (trial.met and (len(trials) == 1 or trial.spare_db <= TOLERANCE_DB)):
             break
@@ -126,7 +126,7 @@ def _slope(trials: Sequence[Trial]) -> float:
     return min(max(won / given, _FLATTEST), 1.0) if given > 0 else 1.0
 
 
-def _judged(choice: Choice, budgets: Sequence[Budget], values: Mapping[str, float], reserve_db: float) -> Trial:
+def _judged(choice: Choice, budgets: Sequence[Budget], values: Mapping[str, float]) -> Trial:
     for budget in budgets:
         if math.isnan(values[budget.metric]):
             raise CalibrationError(
@@ -134,7 +134,7 @@ def _judged(choice: Choice, budgets: Sequence[Budget], values: Mapping[str, floa
             )
     spares = {budget: spare_db(budget, values[budget.metric]) for budget in budgets}
     limiting = min(budgets, key=lambda budget: spares[budget])
-    return Trial(choice, dict(values), spares[limiting] - reserve_db, limiting)
+    return Trial(choice, dict(values), spares[limiting], limiting)
 
 
 def spare_db(budget: Budget, value: float) -> float:

@@ -177,7 +177,7 @@ def _solved(
 ) -> list[bool]:
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    with _stdout_kept():
+    with _quiet():
         result = milp(
             -gains,
             integrality=np.ones(len(gains)),
@@ -189,15 +189,16 @@ def _solved(
 
 
 @contextmanager
-def _stdout_kept() -> Iterator[None]:
-    """HiGHS prints debugging of its own, which no option turns off: to stderr, for stdout may be read by machines."""
-    stdout = os.dup(1)
-    os.dup2(2, 1)
+def _quiet() -> Iterator[None]:
+    """HiGHS prints debugging of its own to stdout, which machines may read, and no option turns it off."""
+    stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
     try:
         yield
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)
+        os.close(nowhere)
 
 
 def _noise(items: Iterable[Item]) -> float:

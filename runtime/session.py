@@ -216,7 +216,7 @@ def _session_options(ort: Any, *, threads: int, arena: bool, optimize: bool) -> 
     options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
     options.enable_cpu_mem_arena = arena
     # A product with weights in int8 alone is computed in float32; by default the other factor is rounded to int8 too.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if not optimize:
         options.enable_mem_pattern = False
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
