@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # PyTorch's CPU build, where pip is set up to find one; a plain `torch` brings gigabytes of CUDA packages.
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test test-fast test-gpu lint typecheck links bench bench-scale wheel clean
+.PHONY: install demo test test-fast test-gpu lint typecheck links bench bench-scale bench-int8 wheel clean
 
 install: $(STAMP)
 
@@ -58,6 +58,12 @@ bench: demo
 bench-scale: install
 	$(BIN)/python benchmarks/bench_scale.py --json build/bench_scale.json
 	$(BIN)/python benchmarks/bench_build.py --families sd1,sdxl --json build/bench_build.json
+
+# What int8 costs and saves: quality on the shapes model, time on the CPU. Two hours on two cores, kept as it goes.
+bench-int8: demo
+	$(BIN)/python benchmarks/bench_int8.py --bundle build/demo/shapes.bundle --work build/int8 --json build/bench_int8.json
+	$(BIN)/python benchmarks/bench_int8_cpu.py --bundle build/demo/shapes.bundle --json build/bench_int8_cpu.json
+	$(BIN)/python benchmarks/bench_statistics.py --json build/bench_statistics.json
 
 wheel: install
 	@rm -rf dist build/lib && mkdir -p build

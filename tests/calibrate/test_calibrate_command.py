@@ -19,9 +19,7 @@ from latentrt.calibrate.verification import Measured, Verification
 from latentrt.runtime.cli import main
 from latentrt.runtime.manifest import Artifact
 
-ARTIFACTS = tuple(
-    Artifact("unet", "int8", f"unet/model.int8{name}.onnx", (), 20, "", {}, {}, 1) for name in ("", ".cpu")
-)
+HALF, FULL = (Artifact("unet", "int8", f"unet/model.int8{name}.onnx", (), 20, "", {}, {}, 1) for name in ("", ".cpu"))
 
 
 def verified(accuracy: float) -> Verification:
@@ -65,7 +63,7 @@ class Called:
     def run(self, name: str) -> Any:
         def made(*_: Any, **_told: Any) -> Calibrated:
             self.runs.append(name)
-            applied = Applied(*ARTIFACTS, Path("unet/int8.plan.json"), "new")
+            applied = Applied(HALF, FULL, Path("unet/int8.plan.json"), "new")
             return Calibrated(small_plan(), (), applied, verified(self.accuracy), Path(), ())
 
         return made

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from drawn import small_plan
 from hypothesis import given
 from hypothesis import strategies as st
-from drawn import small_plan
 from linked_bundles import edit_graph, linked
 
 from latentrt.calibrate import requirements
