@@ -103,7 +103,7 @@ def test_a_layer_is_int8_only_where_both_its_operands_are(tmp_path: Path) -> Non
     found = layers_of(tmp_path / "g.onnx", model, {"x": (1, 4, 16, 16)})
     assert {name: (layer.precision, layer.weights) for name, layer in found.items()} == {
         "both": ("Int8", 32),
-        "weights_only": ("Half", 80),
+        "weights_only": ("Int8w", 80),
         "input_only": ("Half", 8),
     }
 
