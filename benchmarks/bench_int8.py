@@ -292,11 +292,11 @@ def measure(bench: Bench, original: Path) -> None:
         for precision in ("fp16", "int8"):
             graph = sha256_of(open_bundle(bench.bundle).graph("unet", precision))
             bench.once("engines", f"{precision} {target}", graph, partial(engine, bench.bundle, precision, target))
-    for name, row in ROWS.items():
-        measure_row(bench, name, row, prepared if row.peer else bench.prepared(row))
     command = [sys.executable, __file__, "--prepare"]
     folder = bench.work / "killed"
     bench.once("checks", "killed", key, lambda: killed(original, folder, SMALL, command))
+    for name, row in ROWS.items():
+        measure_row(bench, name, row, prepared if row.peer else bench.prepared(row))
 
 
 def all_numbers(bench: Bench) -> dict[str, Plan]:

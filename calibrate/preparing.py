@@ -205,7 +205,8 @@ def _plan(
         record = {
             "options": numbers,
             "costs": costs.basis,
-            "capture": dict(captured.inputs["options"]),
+            # In one order, whether it was captured now or read again.
+            "capture": dict(sorted(captured.inputs["options"].items())),
             "statistics": statistics
             and {"bins": statistics.bins, "rows": statistics.rows, "capacity": statistics.capacity},
         }
