@@ -84,7 +84,10 @@ def apply_plan(
     if plan.component != source.component:
         raise CalibrationError(f"plan: expected one for {source.component}, got one for {plan.component}.")
     if not plan.quants():
-        raise CalibrationError(f"{plan.component}: expected a plan with quantized layers, got none. Ask for less quality, or keep the network in fp16.")
+        raise CalibrationError(
+            f"{plan.component}: expected a plan with quantized layers, got none. Ask for less quality, or keep the "
+            "network in fp16."
+        )
     manifest = load_manifest(path)
     keep = kept_tensors(manifest, plan.component)
     inputs = {target: _inputs(source, plan, keep, target) for target in (CPU, "")}
