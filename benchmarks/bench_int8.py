@@ -105,13 +105,13 @@ ROWS = {
     "onnxruntime, min-max": Row(ALL, peer=Peer("MinMax", 512)),
     "latentrt, sqnr=28": Row(ALL, budget="sqnr=28"),
     "percentile, not smoothed": Row(ALL, _plain("percentile")),
+    "min-max, smoothed": Row(ALL, PlanOptions(method="minmax")),
     "onnxruntime, min-max, a scale a weight, all layers": Row(
         ALL, peer=Peer("MinMax", 512, per_channel=False, same_layers=False)
     ),
     "latentrt, psnr=52": Row(FEW, budget="psnr=52"),
     "latentrt, sqnr=32": Row(FEW, budget="sqnr=32"),
     "latentrt, not smoothed": Row(FEW, _plain("output-error")),
-    "min-max, smoothed": Row(FEW, PlanOptions(method="minmax")),
     "percentile, smoothed": Row(FEW, PlanOptions(method="percentile")),
     "entropy, smoothed": Row(FEW, PlanOptions(method="entropy")),
     "mse, smoothed": Row(FEW, PlanOptions(method="mse")),

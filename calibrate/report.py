@@ -13,7 +13,7 @@ from .budget import decibels
 from .plan import Plan
 from .prediction_noise import mean_db, share_db
 from .report_html import listed, plain, plot
-from .report_pictures import amplification, picture_row, shown_prompts
+from .report_pictures import picture_row, shown_prompts
 from .report_plots import (
     Frontier,
     frontier_plot,
@@ -131,7 +131,6 @@ def _precisions(report: Report) -> str:
 def _pictures(report: Report) -> str:
     verification = report.verification
     chosen = shown_prompts(verification)
-    factor = amplification(report.pictures, verification, [index for index, _ in chosen])
     values = verification.measured[verification.tested].metrics["psnr"].values
     blocks = []
     for index, place in chosen:
@@ -139,7 +138,7 @@ def _pictures(report: Report) -> str:
         figures = "".join(
             f'<figure><img src="{uri}" alt="{escape(f"{name}: {prompt}")}">'
             f"<figcaption>{escape(name)}</figcaption></figure>"
-            for name, uri in picture_row(report.pictures, verification, index, factor).items()
+            for name, uri in picture_row(report.pictures, verification, index).items()
         )
         blocks.append(
             f'<section class="prompt">\n<h3>{escape(prompt)}</h3>\n'
@@ -148,7 +147,7 @@ def _pictures(report: Report) -> str:
         )
     note = (
         f"Chosen by the PSNR of their {escape(verification.tested)} pictures, from the worst to the best. Differences "
-        f"from fp32 are absolute, by channel, and multiplied by {factor}; black is equal."
+        "from fp32 are absolute, by channel, and multiplied as each row says; black is equal."
     )
     return f"<h2>Pictures</h2>\n<p>{note}</p>\n" + "\n".join(blocks)
 

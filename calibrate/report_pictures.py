@@ -31,13 +31,9 @@ def shown_prompts(verification: Verification) -> list[tuple[int, str]]:
     return list(chosen.items())
 
 
-def amplification(folder: Path, verification: Verification, prompts: list[int]) -> int:
-    """By how much differences are multiplied: the largest power of two that clips no more than 0.5 % of them."""
-    largest = 1.0
-    for index in prompts:
-        reference = read_picture(folder / REFERENCE, index)
-        moved = np.abs(difference(reference, read_picture(folder / verification.tested, index)))
-        largest = max(largest, float(np.quantile(moved, 0.995)))
+def amplification(moved: np.ndarray[tuple[int, ...], np.dtype[np.int16]]) -> int:
+    """By how much absolute differences are multiplied: the largest power of two that clips no more than 0.5 %."""
+    largest = max(1.0, float(np.quantile(moved, 0.995)))
     return int(min(2 ** np.floor(np.log2(255 / largest)), _MOST))
 
 
@@ -46,13 +42,17 @@ def difference(reference: Pictures, picture: Pictures) -> np.ndarray[tuple[int, 
     return picture.astype(np.int16) - reference.astype(np.int16)
 
 
-def picture_row(folder: Path, verification: Verification, index: int, factor: int) -> Mapping[str, str]:
-    """Data URIs of a prompt's pictures and of their differences from the reference, by their captions in order."""
+def picture_row(folder: Path, verification: Verification, index: int) -> Mapping[str, str]:
+    """Data URIs of a prompt's pictures and of their differences from the reference, by their captions in order.
+
+    All differences of a row are multiplied alike, by what suits those of the tested precision.
+    """
     reference = read_picture(folder / REFERENCE, index)
     row = {REFERENCE: data_uri(reference)}
     tested = dict.fromkeys((FLOOR, verification.tested))
     pictures = {name: read_picture(folder / name, index) for name in tested}
     row |= {name: data_uri(picture) for name, picture in pictures.items()}
+    factor = amplification(np.abs(difference(reference, pictures[verification.tested])))
     for name, picture in pictures.items():
         moved = np.abs(difference(reference, picture)) * factor
         row[f"{name} less {REFERENCE}, {factor} times"] = data_uri(np.minimum(moved, 255).astype(np.uint8))

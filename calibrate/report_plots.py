@@ -63,6 +63,8 @@ def layers_plot(plan: Plan) -> str:
         total = sum(layer.noise or 0.0 for layer in plan.layers)
         for quantized, colour, label in ((True, _TESTED, plan.precision), (False, _KEPT, "kept")):
             chosen = [(row, layer) for row, layer in enumerate(worst) if layer.quantized == quantized]
+            if not chosen:
+                continue
             heights = [100 * (layer.noise or 0.0) / total for _, layer in chosen]
             axes.barh([row for row, _ in chosen], heights, color=colour, height=0.7, label=label)
         axes.set_yticks(range(len(worst)), [short_name(layer.name) for layer in worst])
