@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := export runtime calibrate
+PACKAGES := export runtime calibrate benchmarks
 STAMP := $(VENV)/.installed
 # PyTorch's CPU build, where pip is set up to find one; a plain `torch` brings gigabytes of CUDA packages.
 TORCH ?= torch==2.13.0
@@ -50,26 +50,26 @@ typecheck: install links
 	$(BIN)/mypy
 
 bench: demo
-	$(BIN)/python benchmarks/bench_start.py --json build/bench_start.json
-	$(BIN)/python benchmarks/bench_samplers.py
-	$(BIN)/python benchmarks/prompt_accuracy.py --bundle build/demo/shapes.bundle --json build/prompt_accuracy.json
+	$(BIN)/python benchmarks/scripts/bench_start.py --json build/bench_start.json
+	$(BIN)/python benchmarks/scripts/bench_samplers.py
+	$(BIN)/python benchmarks/scripts/prompt_accuracy.py --bundle build/demo/shapes.bundle --json build/prompt_accuracy.json
 
 # Full size, random weights: an hour on two cores, and 40 GB of disk.
 bench-scale: install
-	$(BIN)/python benchmarks/bench_scale.py --json build/bench_scale.json
-	$(BIN)/python benchmarks/bench_build.py --families sd1,sdxl --json build/bench_build.json
+	$(BIN)/python benchmarks/scripts/bench_scale.py --json build/bench_scale.json
+	$(BIN)/python benchmarks/scripts/bench_build.py --families sd1,sdxl --json build/bench_build.json
 
 # What int8 costs and saves: quality on the shapes model, time on the CPU. Two hours on two cores, kept as it goes.
 bench-int8: demo
-	$(BIN)/python benchmarks/bench_int8.py --bundle build/demo/shapes.bundle --work build/int8 --json build/bench_int8.json
-	$(BIN)/python benchmarks/bench_int8_cpu.py --bundle build/demo/shapes.bundle --json build/bench_int8_cpu.json
-	$(BIN)/python benchmarks/bench_statistics.py --json build/bench_statistics.json
+	$(BIN)/python benchmarks/scripts/bench_int8.py --bundle build/demo/shapes.bundle --work build/int8 --json build/bench_int8.json
+	$(BIN)/python benchmarks/scripts/bench_int8_cpu.py --bundle build/demo/shapes.bundle --json build/bench_int8_cpu.json
+	$(BIN)/python benchmarks/scripts/bench_statistics.py --json build/bench_statistics.json
 
 wheel: install
 	@rm -rf dist build/lib && mkdir -p build
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/python -m zipfile --list dist/*.whl | awk '/^latentrt\//{print $$1}' | cut -d/ -f2- | sort > build/wheel.txt
-	git ls-files $(PACKAGES) | sort | diff build/wheel.txt -
+	git ls-files $(PACKAGES) | grep -Ev '^benchmarks/(scripts|results)/' | sort | diff build/wheel.txt -
 
 clean:
 	rm -rf build dist

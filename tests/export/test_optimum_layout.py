@@ -1,4 +1,4 @@
-"""What optimum's pipelines need of a bundle, as `benchmarks/optimum_interop.py` runs them on one."""
+"""What optimum's pipelines need of a bundle, as `benchmarks/scripts/optimum_interop.py` runs them on one."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 HERE = Path(__file__).parent
 # Random checkpoints of every family.
-sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "tests" / "export")]
+sys.path[:0] = [str(HERE.parents[1] / "tests"), str(HERE.parents[1] / "tests" / "export")]
 TORCH = "torch==2.13.0"
 CONSTRAINTS = HERE / "optimum_constraints.txt"
 PACKAGES = ("optimum-onnx", "optimum", "transformers", "diffusers", "onnxruntime", "onnxslim", "onnx", "torch", "numpy")

@@ -1,6 +1,6 @@
 """Engines of U-Nets at published size, built ahead of time: time, peak memory and size, in half and eight bits.
 
-    python benchmarks/bench_build.py --families sd1,sdxl --json benchmarks/results/build-cpu.json
+    python benchmarks/scripts/bench_build.py --families sd1,sdxl --json benchmarks/results/build-cpu.json
 
 A checkpoint with random weights is written and exported in fp16, then its U-Net is built with TensorRT-RTX for each
 target, each in a process of its own. The int8 graph has the layers in int8 that a calibrated one usually has, with

@@ -1,6 +1,6 @@
 """Exports at published size: time, memory, disk and figures, with random weights.
 
-    python benchmarks/bench_scale.py --families sd1,sdxl --json benchmarks/results/scale-cpu.json
+    python benchmarks/scripts/bench_scale.py --families sd1,sdxl --json benchmarks/results/scale-cpu.json
 
 Each export runs in a process of its own, whose peak memory is its VmHWM. For every family: a first export (cold, the
 graphs are traced), then one of another checkpoint of the same architecture (warm, quick check), and the warm one again

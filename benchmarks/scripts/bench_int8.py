@@ -1,6 +1,6 @@
 """What int8 costs in quality on the shapes model: latentrt's plans, naive ones, and ONNX Runtime's own quantizer.
 
-    python benchmarks/bench_int8.py --bundle build/demo/shapes.bundle --plot docs/int8-frontier.svg
+    python benchmarks/scripts/bench_int8.py --bundle build/demo/shapes.bundle --plot docs/int8-frontier.svg
 
 All is drawn with 20 steps of DPM++ 2M Karras at guidance 5, and measured on prompts that nothing was calibrated or
 chosen with, against fp32 pictures of the same seeds. Beside the table of plans:
@@ -62,7 +62,7 @@ from latentrt.runtime.bundle import open_bundle
 from latentrt.runtime.machine import cpu_features
 from latentrt.runtime.manifest import key_of, sha256_of, write_atomic
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OPTIONS = CalibrateOptions(
     prompts="shapes",
     counts=(64, 16, 256),
@@ -239,7 +239,7 @@ def own_row(bench: Bench, name: str, row: Row, prepared: Prepared) -> dict[str, 
         verification=verification,
         frontier=frontier_of(prepared, trials),
         pictures=bench.work / f"pictures-{row.prompts}",
-        command="benchmarks/bench_int8.py",
+        command="benchmarks/scripts/bench_int8.py",
         date=time.strftime("%Y-%m-%d"),
     )
     write_report(bench.work / f"{_slug(name)}.html", report)

@@ -1,6 +1,6 @@
 """How far `latentrt plan` is off: its estimate of the activation memory beside the figure that the builder states.
 
-    python benchmarks/bench_plan.py --bundle sd15.bundle --json benchmarks/results/plan-activation.json
+    python benchmarks/scripts/bench_plan.py --bundle sd15.bundle --json benchmarks/results/plan-activation.json
 
 Builds engines of a bundle at full size, ahead of time, each in a process of its own; for Stable Diffusion 1.5 that
 takes 6 GB of memory and about a minute for each of the U-Net's. No GPU is needed, and nothing is run on one.
@@ -31,7 +31,7 @@ from latentrt.export.tool_versions import TOOLS, tool_versions
 from latentrt.runtime.bundle import Bundle, open_bundle
 
 FLAVOUR = "tensorrt_rtx"
-COMMAND = "python benchmarks/bench_plan.py --bundle sd15.bundle --json benchmarks/results/plan-activation.json"
+COMMAND = "python benchmarks/scripts/bench_plan.py --bundle sd15.bundle --json benchmarks/results/plan-activation.json"
 # Ranges of sizes are measured too, and not held to it.
 BAR = 0.15
 # Peak memory is that of a process that does nothing else.

@@ -1,6 +1,6 @@
 """How often a picture shows what its prompt asks for: diffusers on the checkpoint, and each precision of a bundle.
 
-    python benchmarks/prompt_accuracy.py --bundle build/demo/shapes.bundle --count 500
+    python benchmarks/scripts/prompt_accuracy.py --bundle build/demo/shapes.bundle --count 500
 
 The shapes checkpoint is drawn with 20 steps of DPM++ 2M Karras at guidance 5, picture i with seed i, and
 `examples/shapes/score.py` looks at the pictures. Beside accuracy it prints the PSNR of a bundle's pictures against
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "shapes"))
 
 from score import evaluation_requests, score  # noqa: E402

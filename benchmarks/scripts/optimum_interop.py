@@ -1,10 +1,11 @@
-"""Interoperation with optimum, both ways, in one run: its pipelines on our bundles, our runtime on its folders.
+r"""Interoperation with optimum, both ways, in one run: its pipelines on our bundles, our runtime on its folders.
 
 Tiny random checkpoints are exported by `latentrt export` and by `optimum-cli export onnx`. Every case is drawn from
 the same seed by diffusers on the PyTorch weights, and by optimum and latentrt on both exports. The table shows how far
 each is from diffusers: final latents, in their standard deviation, and pictures in levels of 0 to 255.
 
-    python benchmarks/optimum_interop.py --venv build/optimum-venv --json benchmarks/results/optimum-interop.json
+    python benchmarks/scripts/optimum_interop.py --venv build/optimum-venv \
+        --json benchmarks/results/optimum-interop.json
 
 With --fixtures it writes what `make test` compares with instead, where optimum is not installed.
 """

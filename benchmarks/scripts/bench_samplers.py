@@ -1,6 +1,6 @@
 """Host time per step of each sampler beside diffusers' scheduler of the same name, without a model.
 
-    python benchmarks/bench_samplers.py [--batch N] [--size LATENT] [--steps N] [--samplers NAME,…] [--json]
+    python benchmarks/scripts/bench_samplers.py [--batch N] [--size LATENT] [--steps N] [--samplers NAME,…] [--json]
 
 Both sides get the same constant array as the model's output, so all that is timed is a sampler's own arithmetic: what
 the accelerator waits for between two calls of the U-Net. The two sides take turns in one run, and the ratio is of

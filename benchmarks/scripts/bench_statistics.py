@@ -1,6 +1,6 @@
 """Statistics of Stable Diffusion 1.5's U-Net at its published size, streamed: time and peak memory.
 
-    python benchmarks/bench_statistics.py --calls 8 --json benchmarks/results/statistics-cpu.json
+    python benchmarks/scripts/bench_statistics.py --calls 8 --json benchmarks/results/statistics-cpu.json
 
 No checkpoint is written: weights are cut from one block of random numbers when a layer runs, and dropped again, as
 those of a bundle are read from its graph. Time is that of the calls with and without statistics; memory is the peak of
@@ -36,7 +36,7 @@ from latentrt.export.tool_versions import tool_versions
 from latentrt.export.unet import UNet
 from latentrt.export.weights import Weight
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GRAPH = ROOT / "tests/export/sd15_unet.onnx.xz"
 # Random numbers: somewhat more than the largest weight has.
 BLOCK = 2**25

@@ -3,7 +3,7 @@
 Both draw the same prompt from the same checkpoint with the same sampler, steps, guidance and seed on the CPU. Each
 measurement is a process of its own; the two alternate, so a busy machine slows both. Ratios are what to quote.
 
-    python benchmarks/bench_start.py shapes.bundle --checkpoint examples/shapes
+    python benchmarks/scripts/bench_start.py shapes.bundle --checkpoint examples/shapes
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ small vocabulary), each in a checkpoint whose other networks are tiny, which kee
 U-Net; more than 10 GB with --slim, which is left out there. Seconds and peak memory are those of a whole export
 command; ours compares every graph with PyTorch, too.
 
-    python benchmarks/graph_size.py --venv build/optimum-venv --full --json benchmarks/results/graph-size.json
+    python benchmarks/scripts/graph_size.py --venv build/optimum-venv --full --json benchmarks/results/graph-size.json
 """
 
 from __future__ import annotations

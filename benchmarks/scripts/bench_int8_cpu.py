@@ -1,6 +1,6 @@
 """A U-Net in int8 on the CPU beside its fp32 graph, in one process, a run of each in turn.
 
-    python benchmarks/bench_int8_cpu.py --bundle shapes.bundle --json benchmarks/results/int8-cpu.json
+    python benchmarks/scripts/bench_int8_cpu.py --bundle shapes.bundle --json benchmarks/results/int8-cpu.json
 
 Two networks: the bundle's, and one of SD 1.5's width (its two upper levels, random weights) at 32 x 32 latents. Scales
 are those of one run on noise: they decide about no kernel, and so about no time. What is timed is the process's CPU

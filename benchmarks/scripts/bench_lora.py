@@ -1,6 +1,7 @@
-"""Swapping a LoRA at published size: against diffusers' load and fuse, and against exporting again.
+r"""Swapping a LoRA at published size: against diffusers' load and fuse, and against exporting again.
 
-    python benchmarks/bench_lora.py --checkpoint sd15 --bundle sd15.bundle --json benchmarks/results/lora-swap.json
+    python benchmarks/scripts/bench_lora.py --checkpoint sd15 --bundle sd15.bundle \
+        --json benchmarks/results/lora-swap.json
 
 The LoRA has random factors for all attention layers of the U-Net and the text encoder. A swap is what a user waits for
 between two pictures: the new weights are computed and the networks that change are opened again. Without `--export`
