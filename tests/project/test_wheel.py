@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from email.parser import Parser
 from pathlib import Path
 
@@ -16,14 +17,17 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("export", "runtime", "calibrate", "benchmarks")
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    # Where setuptools keeps the modules of earlier builds, also those that are gone.
-    shutil.rmtree(ROOT / "build/lib", ignore_errors=True)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return next(out.glob("*.whl"))
+@pytest.fixture(scope="session")
+def wheel(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """Built once for all of pytest-xdist's workers: two builds at once would share setuptools' folder."""
+
+    def build(out: Path) -> None:
+        # Where setuptools keeps the modules of earlier builds, also those that are gone.
+        shutil.rmtree(ROOT / "build/lib", ignore_errors=True)
+        command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+
+    return next(once("wheel", build).glob("*.whl"))
 
 
 def test_holds_what_git_tracks(wheel: Path) -> None:
