@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # PyTorch's CPU build, where pip is set up to find one; a plain `torch` brings gigabytes of CUDA packages.
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test test-fast test-gpu lint typecheck links bench bench-scale bench-int8 wheel clean
+.PHONY: install demo test test-fast test-gpu gpu-venv lint typecheck links bench bench-gpu bench-scale bench-int8 wheel clean
 
 install: $(STAMP)
 
@@ -30,11 +30,14 @@ test: install lint typecheck
 test-fast: install
 	$(PYTEST) -m "not slow"
 
-# On a host with an NVIDIA GPU, in an environment of its own: ONNX Runtime's builds for CPU and CUDA exclude each other.
-test-gpu:
+# An environment of its own: ONNX Runtime's builds for CPU and CUDA exclude each other.
+gpu-venv:
 	$(PYTHON) -m venv .venv-gpu
 	.venv-gpu/bin/python -m pip install --quiet "$(TORCH)"
 	.venv-gpu/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev-gpu]"
+
+# On a host with an NVIDIA GPU.
+test-gpu: gpu-venv
 	.venv-gpu/bin/python -m pytest -m gpu -rs tests/gpu
 
 lint: install
@@ -49,20 +52,27 @@ links:
 typecheck: install links
 	$(BIN)/mypy
 
+# The figures of README.md. ONLY=end-to-end,growth runs some of its stages, KEEP=1 puts results under benchmarks/results.
+PROJECT_BENCH := benchmarks/scripts/project_bench.py
+CHOSEN = $(if $(ONLY),--only $(ONLY)) $(if $(KEEP),--keep)
+
 bench: demo
-	$(BIN)/python benchmarks/scripts/bench_start.py --json build/bench_start.json
-	$(BIN)/python benchmarks/scripts/bench_samplers.py
-	$(BIN)/python benchmarks/scripts/prompt_accuracy.py --bundle build/demo/shapes.bundle --json build/prompt_accuracy.json
+	$(BIN)/python $(PROJECT_BENCH) $(CHOSEN)
+
+# On a host with an NVIDIA GPU; says at once if there is none.
+bench-gpu: install
+	$(BIN)/python $(PROJECT_BENCH) --gpu --check
+	$(MAKE) demo gpu-venv
+	.venv-gpu/bin/python $(PROJECT_BENCH) --gpu $(CHOSEN)
 
 # Full size, random weights: an hour on two cores, and 40 GB of disk.
 bench-scale: install
 	$(BIN)/python benchmarks/scripts/bench_scale.py --json build/bench_scale.json
 	$(BIN)/python benchmarks/scripts/bench_build.py --families sd1,sdxl --json build/bench_build.json
 
-# What int8 costs and saves: quality on the shapes model, time on the CPU. Two hours on two cores, kept as it goes.
+# Quality of int8 on the shapes model. Two hours on two cores, kept as it goes.
 bench-int8: demo
 	$(BIN)/python benchmarks/scripts/bench_int8.py --bundle build/demo/shapes.bundle --work build/int8 --json build/bench_int8.json
-	$(BIN)/python benchmarks/scripts/bench_int8_cpu.py --bundle build/demo/shapes.bundle --json build/bench_int8_cpu.json
 	$(BIN)/python benchmarks/scripts/bench_statistics.py --json build/bench_statistics.json
 
 wheel: install

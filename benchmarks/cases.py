@@ -32,7 +32,17 @@ class Subject:
     @property
     def label(self) -> str:
         """For people, without size and batch: `latentrt fp16, onnxruntime`."""
-        return f"{self.system} {self.precision}, {self.backend}"
+        return ", ".join(self.parts[:2])
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """For people: system with precision, backend, size, batch."""
+        return (
+            f"{self.system} {self.precision}",
+            self.backend,
+            f"{self.width}x{self.height}",
+            f"batch {self.batch}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +65,15 @@ class Settings:
     @property
     def label(self) -> str:
         """For people: `DPM++ 2M karras, 20 steps, guidance 5`."""
+        return ", ".join(self.parts)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """For people: sampler with schedule, steps, guidance."""
         start, end = self.guidance_interval
         within = "" if (start, end) == (0.0, 1.0) else f" from {start:g} to {end:g}"
         name = self.sampler if self.schedule is None else f"{self.sampler} {self.schedule}"
-        return f"{name}, {self.steps} steps, guidance {self.guidance:g}{within}"
+        return (name, f"{self.steps} steps", f"guidance {self.guidance:g}{within}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +86,12 @@ class Case:
     @property
     def label(self) -> str:
         """For people, the whole of it; two cases of a run never share it."""
-        subject = self.subject
-        return f"{subject.label}, {subject.width}x{subject.height}, batch {subject.batch}, {self.settings.label}"
+        return ", ".join(self.parts)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the label is made of."""
+        return (*self.subject.parts, *self.settings.parts)
 
 
 @dataclass(frozen=True, kw_only=True)

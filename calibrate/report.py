@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
 from latentrt.runtime.manifest import write_atomic
@@ -12,7 +11,7 @@ from latentrt.runtime.manifest import write_atomic
 from .budget import decibels
 from .plan import Plan
 from .prediction_noise import mean_db, share_db
-from .report_html import listed, plain, plot
+from .report_html import document, facts, listed, plain, plot, tiles
 from .report_pictures import picture_row, shown_prompts
 from .report_plots import (
     Frontier,
@@ -67,16 +66,9 @@ def page(report: Report) -> str:
     Raises:
         ArtifactError: a picture is missing or damaged, or a budget was not measured.
     """
-    style = files(__package__).joinpath("report.css").read_text(encoding="utf-8")
     parts = (_headline, _precisions, _pictures, _steps, _sensitivity, _frontier, _layers, _making)
-    body = "\n".join(part(report) for part in parts)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(report.title)}: {report.plan.precision} calibration</title>\n"
-        f"<style>\n{style}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    title = f"{report.title}: {report.plan.precision} calibration"
+    return document(title, "\n".join(part(report) for part in parts))
 
 
 def chosen_mix(report: Report) -> tuple[float, float, float | None]:
@@ -104,23 +96,22 @@ def _headline(report: Report) -> str:
     limit = f"<p>{escape(what_limits(missed, plan))}</p>" if missed else ""
     share, _, _ = chosen_mix(report)
     measured = verification.measured[tested]
-    tiles = {
+    figures = {
         f"multiplications in {kind}": f"{share:.1%}",
         f"layers in {kind}": f"{sum(layer.quantized for layer in plan.layers)} of {len(plan.layers)}",
         "mean PSNR": f"{measured.metrics['psnr'].mean:.1f} dB",
     }
     if measured.noise is not None:
-        tiles["mean SQNR, guided"] = f"{mean_db(measured.noise.guided):.1f} dB"
+        figures["mean SQNR, guided"] = f"{mean_db(measured.noise.guided):.1f} dB"
     if measured.accuracy is not None:
-        tiles["prompt accuracy"] = f"{measured.accuracy:.1%}"
-    boxes = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles.items())
+        figures["prompt accuracy"] = f"{measured.accuracy:.1%}"
     return (
         f'<p class="soft">latentrt calibrate, {escape(report.date)}</p>\n'
         f"<h1>{escape(report.title)}: {kind} {'misses its' if missed else 'holds its'} quality budget</h1>\n"
         f"<p>The {escape(plan.component)} quantized to {kind}, measured {where}: {len(verification.prompts)} held-out "
         f"prompts, against fp32 pictures of the same seeds.</p>\n"
         f'<div class="verdict{" missed" if missed else ""}">\n{listed(lines)}\n{limit}</div>\n'
-        f'<dl class="tiles">{boxes}</dl>'
+        f"{tiles(figures)}"
     )
 
 
@@ -201,7 +192,7 @@ def _layers(report: Report) -> str:
 
 def _making(report: Report) -> str:
     verification = report.verification
-    facts = {
+    made = {
         "prompts": f"{len(verification.prompts)} held out, seeds {verification.seed} to "
         f"{verification.seed + len(verification.prompts) - 1}",
         "settings": plain(verification.settings),
@@ -215,5 +206,4 @@ def _making(report: Report) -> str:
         **{str(name): plain(value) for name, value in report.plan.made.items()},
         **{str(name): plain(value) for name, value in verification.machine.items()},
     }
-    entries = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
-    return f'<h2>How it was made</h2>\n<pre>{escape(report.command)}</pre>\n<dl class="facts">{entries}</dl>'
+    return f"<h2>How it was made</h2>\n<pre>{escape(report.command)}</pre>\n{facts(made)}"

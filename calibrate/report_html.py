@@ -5,9 +5,40 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from importlib.resources import files
 from typing import Any
 
 NOTHING = "&ndash;"
+
+
+def document(title: str, body: str, *, style: str = "") -> str:
+    """A page that needs nothing but itself.
+
+    Args:
+        title: text.
+        body: HTML.
+        style: CSS after that of all reports.
+    """
+    shared = files(__package__).joinpath("report.css").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n"
+        f"<style>\n{shared}{style}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def tiles(figures: Mapping[str, str]) -> str:
+    """Figures in large type, by their names."""
+    boxes = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in figures.items())
+    return f'<dl class="tiles">{boxes}</dl>'
+
+
+def facts(values: Mapping[str, str]) -> str:
+    """What is known, by its names."""
+    entries = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in values.items())
+    return f'<dl class="facts">{entries}</dl>'
 
 
 def plain(value: Any) -> str:

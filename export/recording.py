@@ -9,8 +9,6 @@ from functools import partial
 from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.components import Components
 from latentrt.runtime.lora_store import Wanted
-from latentrt.runtime.model_facts import read_facts, read_schedules
-from latentrt.runtime.opened_model import Model
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.specs import Array, ModelSpec, Session
 
@@ -81,18 +79,7 @@ def wrapped_pipeline(
     Raises:
         UsageError, ArtifactError, ConfigError, BackendError: as `Pipeline.load`.
     """
-    components = _WrappedComponents(bundle, precision, wrap, backend=backend, verify=verify, loras=loras)
-    schedules = read_schedules(bundle)
-    return Pipeline(
-        name=bundle.path.name if bundle.manifest is None else bundle.manifest.name,
-        model=Model(
-            components=components,
-            prompt_encoder=components.prompt_encoder(),
-            facts=read_facts(bundle),
-            schedules=schedules,
-            default_sampler=str(schedules.own.class_name),
-        ),
-    )
+    return Pipeline.over(_WrappedComponents(bundle, precision, wrap, backend=backend, verify=verify, loras=loras))
 
 
 def replaced_pipeline(

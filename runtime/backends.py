@@ -174,10 +174,11 @@ def _open_graph(
         gives_back = told.gives_back and component.startswith(_ONCE)
         return OnnxSession(path, providers=PROVIDERS, arena=not gives_back, cuda=told, weights=changes(path))
     keeps = _keeps_memory(bundle, component, precision, target)
-    # A graph optimized for the CPU is rewritten already: as it is, it opens at once and its weights stay in the mapped
-    # file. One that was quantized for it is not: its int8 kernels are what ONNX Runtime makes of it.
-    rewritten = target == "cpu" and precision not in QUANTIZED
-    return OnnxSession(path, arena=keeps, optimize=not rewritten, weights=changes(path))
+    # A large graph optimized for the CPU opens at once as it is, its weights in the mapped file. ONNX Runtime makes a
+    # small one faster in a moment, by laying its convolutions out for the processor; and of one that was quantized, its
+    # int8 kernels are what it makes of it.
+    mapped = target == "cpu" and precision not in QUANTIZED and _is_large(bundle, component, precision, target)
+    return OnnxSession(path, arena=keeps, optimize=not mapped, weights=changes(path))
 
 
 def choose_graph(bundle: Bundle, component: str, precision: str, *, backend: str = "auto") -> GraphChoice:
@@ -209,8 +210,11 @@ def _keeps_memory(bundle: Bundle, component: str, precision: str, target: str) -
     What runs once a prompt or a picture gives it back. A small network's is quickly had again, and an arena, which
     grows by powers of two, would be a good part of the process.
     """
-    if component.startswith(_ONCE):
-        return False
+    return not component.startswith(_ONCE) and _is_large(bundle, component, precision, target)
+
+
+def _is_large(bundle: Bundle, component: str, precision: str, target: str) -> bool:
+    """Whether a network's files are of _LARGE bytes or more."""
     artifact = bundle.manifest.artifact(component, precision, target) if bundle.manifest else None
     if artifact is None:
         path = bundle.graph(component, precision)

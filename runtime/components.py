@@ -120,6 +120,11 @@ class Components:
             loras=loras,
         )
 
+    @property
+    def host(self) -> EngineHost | None:
+        """What its engines share; None where the bundle has none."""
+        return self._opening.host
+
     def __contains__(self, component: str) -> bool:
         """Whether the bundle holds a component, in any precision."""
         return bool(self.bundle.held(component))

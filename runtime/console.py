@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -25,11 +26,21 @@ def note(message: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on stdout, wide enough not to cut paths when it is piped."""
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int | None = None
+) -> None:
+    """A table on stdout, wide enough not to cut paths when it is piped.
+
+    Args:
+        texts: columns of text from the left; those after them hold numbers, which stand to the right and are not
+            broken, in a frame that leaves them more room. None for text alone.
+    """
+    table = Table(title=title, title_justify="left", box=HEAVY_HEAD if texts is None else SIMPLE_HEAD)
+    for place, column in enumerate(columns):
+        if texts is None or place < texts:
+            table.add_column(column, overflow="fold", min_width=10 if texts else None)
+        else:
+            table.add_column(column, no_wrap=True, justify="right")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     console = Console(highlight=False)

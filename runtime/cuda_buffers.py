@@ -51,6 +51,7 @@ class TensorBuffers:
         for spec in (*self._inputs, *self._outputs):
             self._slots[spec.name] = _Slot(end, _nbytes(spec))
             end += -(-max(_nbytes(spec), 1) // _ALIGNMENT) * _ALIGNMENT
+        self._nbytes = end
         self._block = allocate(device, end, purpose)
         try:
             self._mirror = device.malloc_host(end)
@@ -64,6 +65,11 @@ class TensorBuffers:
             for spec in (*self._inputs, *self._outputs)
             for slot in (self._slots[spec.name],)
         }
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the block."""
+        return self._nbytes
 
     @property
     def addresses(self) -> Mapping[str, int]:

@@ -71,6 +71,22 @@ class Device(Protocol):
         """Wait until all work of a stream is done."""
         ...
 
+    def create_event(self) -> int:
+        """A mark that a stream can be given."""
+        ...
+
+    def destroy_event(self, event: int) -> None:
+        """Give an event back."""
+        ...
+
+    def record(self, event: int, stream: int) -> None:
+        """Have the stream pass the event when it has done the work so far."""
+        ...
+
+    def elapsed(self, start: int, stop: int) -> float:
+        """Seconds between two events that their stream has passed, to about half a microsecond."""
+        ...
+
     def begin_capture(self, stream: int) -> None:
         """Record this thread's work on a stream instead of running it."""
         ...

@@ -110,6 +110,22 @@ class CudaDevice:
         """Wait until all work of a stream is done."""
         self._call("cudaStreamSynchronize", stream)
 
+    def create_event(self) -> int:
+        """A mark that a stream can be given."""
+        return int(self._call("cudaEventCreate"))
+
+    def destroy_event(self, event: int) -> None:
+        """Give an event back."""
+        self._call("cudaEventDestroy", event)
+
+    def record(self, event: int, stream: int) -> None:
+        """Have the stream pass the event."""
+        self._call("cudaEventRecord", event, stream)
+
+    def elapsed(self, start: int, stop: int) -> float:
+        """Seconds between two events."""
+        return float(self._call("cudaEventElapsedTime", start, stop)) / 1000
+
     def begin_capture(self, stream: int) -> None:
         """Record this thread's work on a stream."""
         # Other threads may allocate meanwhile; the global mode would end the capture then.

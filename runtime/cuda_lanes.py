@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .cuda_device import Device, allocate
+from .work_times import WorkTimer, WorkTimes
 
 
 class Lane:
-    """A stream and a block of activation memory. Whoever holds the lane uses it alone."""
+    """A stream with its timer, and a block of activation memory. Whoever holds the lane uses it alone."""
 
-    def __init__(self, device: Device, index: int) -> None:
+    def __init__(self, device: Device, index: int, times: WorkTimes) -> None:
         self.index = index
+        self.timer = WorkTimer(device, times)
         self._device = device
         self._stream: int | None = None
         self._block: tuple[int, int] = (0, 0)
@@ -30,6 +32,11 @@ class Lane:
         if self._stream is None:
             self._stream = self._device.create_stream()
         return self._stream
+
+    @property
+    def block_bytes(self) -> int:
+        """Size of the block that it has now."""
+        return self._block[1]
 
     def reserve(self, nbytes: int, purpose: str) -> tuple[int, int]:
         """Address and size of the block, of at least so many bytes.
@@ -53,6 +60,7 @@ class Lane:
         """Give stream and block back."""
         if self._stream is not None:
             self._device.synchronize(self._stream)
+        self.timer.free()
         address, size = self._block
         self._block = (0, 0)
         if size:
@@ -67,11 +75,12 @@ class Lanes:
 
     Args:
         count: calls that may run at the same time.
+        times: where the GPU times of calls go; default nowhere.
     """
 
-    def __init__(self, device: Device, count: int = 1) -> None:
+    def __init__(self, device: Device, count: int = 1, *, times: WorkTimes | None = None) -> None:
         self._device = device
-        self._lanes = [Lane(device, index) for index in range(count)]
+        self._lanes = [Lane(device, index, times or WorkTimes()) for index in range(count)]
         self._free = list(self._lanes)
         self._condition = threading.Condition()
         self._waiting_for_all = 0
@@ -97,6 +106,11 @@ class Lanes:
         """The size that serves all users."""
         with self._condition:
             return max(self._needs.values(), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """What all blocks take at the moment."""
+        return sum(lane.block_bytes for lane in self._lanes)
 
     @contextmanager
     def take(self) -> Iterator[Lane]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
+from weakref import WeakSet
 
 from .cache_folder import cache_folder
 from .cuda_device import Device
@@ -19,12 +20,28 @@ from .machine import Machine, probe_machine
 from .manifest import Manifest, check_files
 from .residency_plan import ComponentMemory, residency
 from .tensorrt_session import TensorRTSession
+from .work_times import WorkTimes
 
 
 def _first_gpu() -> Device:
     from .cuda_driver import CudaDevice
 
     return CudaDevice()
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """What engines take of a GPU's memory, in bytes.
+
+    Attributes:
+        weights: of those that are open; None where one does not say.
+        activation: blocks of the lanes.
+        io: buffers of inputs and outputs.
+    """
+
+    weights: int | None
+    activation: int
+    io: int
 
 
 @dataclass(eq=False, kw_only=True)
@@ -38,6 +55,7 @@ class EngineHost:
             as the device has room for, None for all.
         open_device: opens the GPU.
         look: at the machine.
+        times: what the GPU takes for the engines' calls, while it is on.
     """
 
     lanes: int = 1
@@ -45,6 +63,8 @@ class EngineHost:
     weight_budget: int | Literal["room"] | None = None
     open_device: Callable[[], Device] = _first_gpu
     look: Callable[[], Machine] = probe_machine
+    times: WorkTimes = field(default_factory=WorkTimes)
+    _sessions: WeakSet[TensorRTSession] = field(default_factory=WeakSet, init=False, repr=False)
     _whole: set[tuple[str, int, int]] = field(default_factory=set, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
@@ -65,7 +85,21 @@ class EngineHost:
     @cached_property
     def shared(self) -> Lanes:
         """The lanes of all engines."""
-        return Lanes(self.device, self.lanes)
+        return Lanes(self.device, self.lanes, times=self.times)
+
+    @property
+    def memory(self) -> EngineMemory:
+        """What the engines that are open take now."""
+        sessions = list(self._sessions)
+        if not sessions:
+            return EngineMemory(0, 0, 0)
+        weights = [session.weight_bytes for session in sessions]
+        known = [nbytes for nbytes in weights if nbytes is not None]
+        return EngineMemory(
+            weights=sum(known) if len(known) == len(weights) else None,
+            activation=self.shared.nbytes,
+            io=sum(session.io_bytes for session in sessions),
+        )
 
     def open(self, held: HeldEngine, manifest: Manifest) -> TensorRTSession:
         """Load an engine.
@@ -95,7 +129,9 @@ class EngineHost:
             kernels=kernels,
             weight_budget=self._budget(held.record.component, sidecar),
         )
-        return TensorRTSession(loaded, device=self.device, lanes=self.shared)
+        session = TensorRTSession(loaded, device=self.device, lanes=self.shared)
+        self._sessions.add(session)
+        return session
 
     def _budget(self, component: str, sidecar: EngineSidecar) -> int | None:
         """Bytes of an engine's weights that stay on the device: of the U-Net as `residency_plan` has it."""

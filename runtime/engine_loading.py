@@ -53,6 +53,15 @@ class LoadedEngine:
         """Scratch memory of a context, over all profiles."""
         return int(self.engine.device_memory_size_v2)
 
+    @property
+    def weight_bytes(self) -> int | None:
+        """Weights that it keeps on the device; None for engines whose sidecar does not say."""
+        stated = self.held.sidecar.weight_bytes
+        if stated is None or self.held.sidecar.flavour != "tensorrt":
+            return stated
+        # Of those that it streams, what its budget does not hold stays on the host.
+        return stated - int(self.engine.streamable_weights_size) + int(self.engine.weight_streaming_budget_v2)
+
     def new_context(self) -> Any:
         """An execution context that gets its activation memory from outside.
 

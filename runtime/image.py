@@ -72,25 +72,45 @@ def save_picture(
     record: Mapping[str, Any] | None = None,
     quality: int = 95,
 ) -> None:
-    """Write a picture (h, w, 3) atomically, as PNG, JPEG or WebP by its suffix. Equal input gives equal bytes.
+    """Write a picture (h, w, 3) atomically, as PNG, JPEG or WebP by its suffix; `encode_picture` has the rest.
+
+    Raises:
+        UsageError: another suffix, or as `encode_picture`.
+        OSError: the folder is missing, not writable, or the disk is full.
+    """
+    form = picture_format(path)
+    content = encode_picture(picture, form, parameters=parameters, record=record, quality=quality, name=str(path))
+    write_atomic(path, content)
+
+
+def encode_picture(
+    picture: Pictures,
+    form: str = "PNG",
+    *,
+    parameters: str | None = None,
+    record: Mapping[str, Any] | None = None,
+    quality: int = 95,
+    name: str = "picture",
+) -> bytes:
+    """A picture (h, w, 3) as the bytes of a file. Equal input gives equal bytes.
 
     Args:
+        form: PNG, JPEG or WEBP.
         parameters: the text that web UIs write and read; `infotext` makes it.
         record: a JSON object for machines. `read_metadata` gives both back.
         quality: of JPEG and of WebP, 1 to 100; PNG is lossless.
+        name: of the file, for messages.
 
     Raises:
-        UsageError: another suffix, not a picture, larger than the format holds, a record that is no JSON, or more
-            metadata than fits into a JPEG.
-        OSError: the folder is missing, not writable, or the disk is full.
+        UsageError: not a picture, larger than the format holds, a record that is no JSON, or more metadata than fits
+            into a JPEG.
     """
     from PIL import Image
 
-    form = picture_format(path)
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
-        raise UsageError(f"{path}: expected a uint8 picture (h, w, 3), got {picture.dtype} {picture.shape}.")
+        raise UsageError(f"{name}: expected a uint8 picture (h, w, 3), got {picture.dtype} {picture.shape}.")
     if max(picture.shape) > _LONGEST[form]:
-        raise UsageError(f"{path}: expected at most {_LONGEST[form]} pixels a side in {form}, got {picture.shape}.")
+        raise UsageError(f"{name}: expected at most {_LONGEST[form]} pixels a side in {form}, got {picture.shape}.")
     if not 1 <= quality <= 100:
         raise UsageError(f"quality: expected 1 to 100, got {quality}.")
     options: dict[str, Any]
@@ -99,12 +119,12 @@ def save_picture(
     else:
         options = {"quality": quality, "exif": exif_block(parameters, record)}
         if form == "JPEG":
-            _check_segment(path, options["exif"])
+            _check_segment(name, options["exif"])
             # Full colour resolution where quality is asked for: halved, it smears the edges of saturated shapes.
             options["subsampling"] = 0 if quality >= 90 else 2
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(picture)).save(buffer, format=form, **options)
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def save_png(path: Path, picture: Pictures, *, parameters: str | None = None) -> None:
@@ -126,11 +146,11 @@ def picture_format(path: Path) -> str:
     return form
 
 
-def _check_segment(path: Path, exif: bytes) -> None:
+def _check_segment(name: str, exif: bytes) -> None:
     # A JPEG segment counts its own length in 16 bits, the two bytes of that number included.
     if len(exif) > 65533:
         raise UsageError(
-            f"{path}: expected at most 65533 bytes of parameters and record in a JPEG, got {len(exif)}. "
+            f"{name}: expected at most 65533 bytes of parameters and record in a JPEG, got {len(exif)}. "
             "Save as .png or .webp."
         )
 

@@ -100,11 +100,27 @@ class Pipeline:
         components = Components.open(
             path, precision, backend=backend, verify=verify, residency=residency, cuda=cuda, host=host, loras=loras
         )
-        bundle = components.bundle
-        schedules = read_schedules(bundle)
         inversions = [
             item if isinstance(item, TextualInversion) else load_textual_inversion(item) for item in textual_inversions
         ]
+        pipeline = cls.over(components, inversions)
+        for component in ("unet", components.picture_decoder):
+            components[component]
+        return pipeline
+
+    @classmethod
+    def over(cls, components: Components, inversions: Sequence[TextualInversion] = ()) -> Pipeline:
+        """A pipeline of networks that are there already, or are opened when they are needed.
+
+        Args:
+            components: whatever a run asks for is asked of them.
+            inversions: words for prompts.
+
+        Raises:
+            ArtifactError, UsageError, ConfigError, BackendError: as `load`.
+        """
+        bundle = components.bundle
+        schedules = read_schedules(bundle)
         model = Model(
             components=components,
             prompt_encoder=components.prompt_encoder(inversions),
@@ -113,9 +129,7 @@ class Pipeline:
             default_sampler=str(schedules.own.class_name),
             inversions=tuple(inversions),
         )
-        for component in ("unet", components.picture_decoder):
-            components[component]
-        return cls(name=bundle.manifest.name if bundle.manifest else bundle.path.name, model=model)
+        return cls(name=bundle.path.name if bundle.manifest is None else bundle.manifest.name, model=model)
 
     def with_loras(self, loras: Wanted) -> Pipeline:
         """The pipeline with other LoRAs in the place of its own; with none, as the bundle has its networks.

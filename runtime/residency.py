@@ -15,7 +15,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol, runtime_checkable
 
 from .backends import provider_of
 from .bundle import DRAWING, Bundle
@@ -58,6 +59,15 @@ def weight_bytes(bundle: Bundle, precision: str) -> int:
         return sum(file.stat().st_size for folder in folders for file in folder.glob("*.onnx*"))
     held = [bundle.manifest.artifact(part, bundle.precision_of(part, precision) or "") for part in DRAWING]
     return sum(bundle.manifest.files[name].size for artifact in held if artifact for name in artifact.files)
+
+
+@runtime_checkable
+class Holdable(Protocol):
+    """A session that may go between two calls, unless somebody holds it."""
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Keep it open, from its first run inside the block to the end of the block."""
+        ...
 
 
 class SwappedSession:
@@ -164,6 +174,6 @@ def held(*sessions: Session) -> Iterator[None]:
     """A stage that uses these: none of them is dropped before it ends. Sessions that stay anyway are left alone."""
     with contextlib.ExitStack() as stack:
         for session in sessions:
-            if isinstance(session, SwappedSession):
+            if isinstance(session, Holdable):
                 stack.enter_context(session.hold())
         yield

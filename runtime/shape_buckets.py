@@ -88,6 +88,11 @@ class ShapeBucket:
         """Why its work could not be captured, and is enqueued anew each time; None if it is as it was to be."""
         return self._why_no_graph
 
+    @property
+    def nbytes(self) -> int:
+        """What its inputs and outputs take on the device."""
+        return self._buffers.nbytes
+
     def run(self, feeds: Mapping[str, Array], block: tuple[int, int]) -> dict[str, Array]:
         """One call.
 
@@ -107,13 +112,14 @@ class ShapeBucket:
         stream = self._lane.stream
         try:
             self._upload(feeds, stream)
-            if self._graph is not None:
-                self._device.launch(self._graph, stream)
-            else:
-                self._enqueue()
-                if self._captures:
-                    self._device.synchronize(stream)
-                    self._capture()
+            with self._lane.timer.around(stream):
+                if self._graph is not None:
+                    self._device.launch(self._graph, stream)
+                else:
+                    self._enqueue()
+            if self._graph is None and self._captures:
+                self._device.synchronize(stream)
+                self._capture()
             self._buffers.download(stream)
             self._device.synchronize(stream)
         except BaseException:
@@ -122,6 +128,7 @@ class ShapeBucket:
                 self._device.synchronize(stream)
             self._held.forget()
             raise
+        self._lane.timer.read(self._name)
         return self._buffers.read()
 
     def drop_graph(self) -> None:

@@ -63,6 +63,18 @@ class TensorRTSession:
         """Why the latest call was not, and will not be, replayed from a CUDA graph; None if it will."""
         return self._why_no_graph
 
+    @property
+    def weight_bytes(self) -> int | None:
+        """What its weights take on the device; None where that is not known."""
+        loaded = self._loaded
+        return 0 if loaded is None else loaded.weight_bytes
+
+    @property
+    def io_bytes(self) -> int:
+        """What the inputs and outputs of all sets of shapes take on the device, over all lanes."""
+        with self._lanes.take_all():
+            return sum(bucket.nbytes for buckets in self._buckets.values() for bucket in buckets.values())
+
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; feeds are cast to the engine's dtypes, outputs are arrays of their own.
 

@@ -103,6 +103,8 @@ class VramMeter:
         self._reason: str | None = None
         self._before = self._most = 0
         self._own: int | None = None
+        self._latest_own: int | None = None
+        self._latest = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="latentrt-vram", daemon=True)
 
@@ -131,6 +133,16 @@ class VramMeter:
             return VramPeak(self._own, "process")
         return VramPeak(max(self._most - self._before, 0), "gpu")
 
+    @property
+    def now(self) -> VramPeak:
+        """What is in use at the moment, counted as `peak` counts it."""
+        if self._usage is None:
+            return VramPeak(None, reason=self._reason)
+        self._look()
+        if self._latest_own is not None:
+            return VramPeak(self._latest_own, "process")
+        return VramPeak(max(self._latest - self._before, 0), "gpu")
+
     def _watch(self) -> None:
         while not self._stop.wait(self._interval):
             self._look()
@@ -140,6 +152,7 @@ class VramMeter:
         with contextlib.suppress(Exception):
             assert self._usage is not None
             own, used = self._usage()
+            self._latest_own, self._latest = own, used
             self._most = max(self._most, used)
             if own is not None:
                 self._own = max(self._own or 0, own)

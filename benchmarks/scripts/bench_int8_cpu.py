@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import shlex
 import sys
 import tempfile
 import time
@@ -29,6 +29,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+from latentrt.benchmarks.machine_facts import machine_facts
 from latentrt.calibrate.layer_quant import LayerQuant
 from latentrt.calibrate.layers import Layer, graph_layers
 from latentrt.calibrate.quantize_pass import QuantizePass
@@ -39,7 +40,6 @@ from latentrt.export.quantized_on_cpu import QuantizedOnCpuPass
 from latentrt.export.to_onnx import to_onnx
 from latentrt.export.unet import unet_component
 from latentrt.runtime.bundle import open_bundle
-from latentrt.runtime.machine import cpu_features
 from latentrt.runtime.specs import Array
 
 # As sensitive as they are cheap: no plan quantizes them.
@@ -161,7 +161,8 @@ def main() -> int:
             "sd1 width": measure(wide_unet(folder / "wide.onnx"), 32, folder, max(3, told.runs // 3)),
         }
     report = {
-        "machine": {"processor": platform.processor(), "cores": os.cpu_count(), "cpu": list(cpu_features())},
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": machine_facts(),
         "load_at_start": round(load, 2),
         "threads": 1,
         "onnxruntime": ort.__version__,

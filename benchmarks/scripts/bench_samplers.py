@@ -1,6 +1,6 @@
 """Host time per step of each sampler beside diffusers' scheduler of the same name, without a model.
 
-    python benchmarks/scripts/bench_samplers.py [--batch N] [--size LATENT] [--steps N] [--samplers NAME,…] [--json]
+    python benchmarks/scripts/bench_samplers.py --samplers "DPM++ 2M,UniPC" --json build/samplers.json
 
 Both sides get the same constant array as the model's output, so all that is timed is a sampler's own arithmetic: what
 the accelerator waits for between two calls of the U-Net. The two sides take turns in one run, and the ratio is of
@@ -13,17 +13,20 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import shlex
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 
+from latentrt.benchmarks.machine_facts import machine_facts
 from latentrt.runtime.brownian import BrownianNoise
 from latentrt.runtime.noise_schedule import NoiseSchedule
 from latentrt.runtime.parametrisation import Array
@@ -121,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--samplers", help="names divided by commas; default all that diffusers has")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     diffusers.utils.logging.set_verbosity_error()
@@ -130,16 +133,23 @@ def main(arguments: list[str] | None = None) -> int:
     named = SAMPLERS if options.samplers is None else [resolve_sampler(n) for n in options.samplers.split(",")]
     compared = [spec for spec in named if comparable(spec)]
     rows = [measure(spec, latents, steps=options.steps, repeats=options.repeats) for spec in compared]
-    if options.json:
-        versions = {"numpy": np.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
-        print(json.dumps({"shape": shape, "threads": torch.get_num_threads(), "versions": versions, "rows": rows}))
-        return 0
     print(f"host time per step, latents {'x'.join(map(str, shape))}, {torch.get_num_threads()} torch thread(s)")
     print(f"{'sampler':<28}{'latentrt us':>13}{'diffusers us':>14}{'ratio':>8}{'bar':>6}")
     for row in rows:
         missed = "" if row["ratio"] >= row["bar"] else "  below the bar"
         figures = f"{row['latentrt_us']:>13}{row['diffusers_us']:>14}{row['ratio']:>8}{row['bar']:>6}"
         print(f"{row['sampler']:<28}{figures}{missed}")
+    if options.json:
+        report = {
+            "command": shlex.join(["python", *sys.argv]),
+            "machine": machine_facts(),
+            "versions": {"numpy": np.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+            "threads": torch.get_num_threads(),
+            "shape": shape,
+            "steps": options.steps,
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

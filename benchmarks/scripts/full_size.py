@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from accelerate import init_empty_weights
 
+from latentrt.benchmarks.machine_facts import RANDOM_WEIGHTS
 from latentrt.export.clip_tokenizer import tokenizer_files
 from latentrt.export.networks import libraries_quiet
 from latentrt.export.published_configs import published_configs
@@ -37,7 +38,8 @@ def write_checkpoint(family: str, folder: Path, *, seed: int = 0) -> Path:
         seed: of the weights.
     """
     configs = published_configs(family)
-    _write_json(folder / "model_index.json", configs["model_index"])
+    # diffusers leaves keys alone that begin with an underscore.
+    _write_json(folder / "model_index.json", {**configs["model_index"], RANDOM_WEIGHTS: True})
     _write_json(folder / "scheduler" / "scheduler_config.json", configs["scheduler"])
     for part, model_class in CLASSES.items():
         if part in configs:

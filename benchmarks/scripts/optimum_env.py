@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +42,17 @@ class Ran:
     peak_mib: float
 
 
-def run(command: Sequence[str | Path]) -> Ran:
+def run(command: Sequence[str | Path], variables: Mapping[str, str] | None = None) -> Ran:
     """Run a command to its end, on the CPU and without a network.
+
+    Args:
+        variables: further ones of its environment.
 
     Raises:
         RuntimeError: it failed; with the end of what it printed.
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    always = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **always, **(variables or {})}
     began = time.perf_counter()
     with subprocess.Popen(
         [str(word) for word in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -100,11 +104,12 @@ def export_with_optimum(python: Path, checkpoint: Path, folder: Path, *options: 
     return run([*command, *options, folder])
 
 
-def export_with_latentrt(checkpoint: Path, folder: Path) -> Ran:
-    """`latentrt export` in fp32."""
-    program = "import sys; from latentrt.runtime.cli import main; sys.exit(main(sys.argv[1:]))"
-    options = ["--precision", "fp32", "--json", "--force"]
-    return run([sys.executable, "-c", program, "export", checkpoint, "-o", folder, *options])
+def export_with_latentrt(
+    checkpoint: Path, folder: Path, precision: str = "fp32", variables: Mapping[str, str] | None = None
+) -> Ran:
+    """`latentrt export`; `variables` of its environment, such as LATENTRT_CACHE."""
+    options = ["--precision", precision, "--json", "--force"]
+    return run([sys.executable, "-m", "latentrt.runtime.cli", "export", checkpoint, "-o", folder, *options], variables)
 
 
 def use_older_names(checkpoint: Path) -> Path:

@@ -368,7 +368,7 @@ def test_too_small_a_disk_is_said_before(
 
 def test_models_that_need_a_picture(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = dataclasses.replace(read_facts(source.bundle), unet_channels=9)
-    monkeypatch.setattr("latentrt.export.recording.read_facts", lambda bundle: facts)
+    monkeypatch.setattr("latentrt.runtime.pipeline.read_facts", lambda bundle: facts)
     with pytest.raises(
         CalibrationError, match=r"draws from text alone, got one that also takes a picture \(9 channels\)"
     ):

@@ -3,13 +3,13 @@ import io
 import re
 import shutil
 from dataclasses import replace
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from drawn import PROMPTS, STEPS, picture, small_plan
+from html_page import Page, assert_self_contained
 from PIL import Image
 
 from latentrt.calibrate.budget import parse_budgets
@@ -23,55 +23,7 @@ from latentrt.calibrate.verification import Measured, Verification
 from latentrt.runtime.errors import ArtifactError
 from latentrt.runtime.image import Pictures, save_png
 
-VOID = {"meta", "img", "br", "link", "hr", "input"}
 DASH = "\N{EN DASH}"
-LOADING = {"src", "href", "xlink:href", "data", "action", "poster", "srcset"}
-
-
-class Page(HTMLParser):
-    """What a page is made of; fails on elements that are not closed in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.ids: list[str] = []
-        self.cells: list[list[str]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.ids += [value for name, value in attrs if name == "id" and value is not None]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.cells.append([])
-        if tag in ("td", "th"):
-            self.cells[-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.ids += [value for name, value in attrs if name == "id" and value is not None]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            return
-        self.words.append(data)
-        if "td" in self.open or "th" in self.open:
-            self.cells[-1][-1] += (" " if "small" in self.open else "") + data
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.words).split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def noise(db: float) -> PredictionNoise:
@@ -127,14 +79,7 @@ def found(text: str) -> Page:
 
 
 def test_a_page_needs_nothing_but_itself(text: str, found: Page) -> None:
-    assert not {"script", "link", "iframe", "object", "base", "audio", "video"} & {tag for tag, _ in found.tags}
-    for _, attributes in found.tags:
-        for name in LOADING & attributes.keys():
-            assert str(attributes[name]).startswith(("data:image/png;base64,", "#"))
-        assert not [name for name in attributes if name.startswith("on")]
-    style = text.partition("<style>")[2].partition("</style>")[0]
-    assert "url(" not in style
-    assert "@import" not in style
+    assert_self_contained(text, found)
 
 
 def test_a_page_can_be_read_without_seeing_it(found: Page) -> None:

@@ -11,6 +11,7 @@ import gc
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -166,6 +167,25 @@ def test_graphs_change_no_bit(bundle: Path, flavour: str) -> None:
     assert replayed.notes == ()
     replayed.close()
     enqueued.close()
+
+
+def test_work_takes_part_of_the_time_of_its_call(bundle: Path, flavour: str) -> None:
+    build(bundle, flavour, components=("unet",), batch="1", size="64")
+    host = EngineHost()
+    session = open_session(open_bundle(bundle), "unet", "fp16", backend=flavour, host=host)
+    session(feeds())
+    host.times.on = True
+    for seed in range(5):
+        began = time.perf_counter()
+        session(feeds(seed))
+        component, seconds = host.times.calls[seed]
+        assert component == "unet"
+        assert 0 < seconds < time.perf_counter() - began
+    held = host.memory
+    assert held.weights is not None
+    assert held.weights > 0
+    assert held.io > 0
+    session.close()
 
 
 def test_refitted_weights_change_the_output_and_go_back_to_the_bit(bundle: Path, refittable: str) -> None:

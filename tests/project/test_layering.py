@@ -69,7 +69,7 @@ def test_imports_follow_the_chain(path: Path) -> None:
         ("runtime", "from latentrt import calibrate"),
         ("export", "import latentrt.calibrate.table"),
         ("export", "import runtime.session"),
-        ("calibrate", "from latentrt.benchmarks.results import Results"),
+        ("calibrate", "from latentrt.benchmarks.results_file import Results"),
     ],
 )
 def test_the_check_sees_a_broken_rule(folder: str, source: str) -> None:

@@ -43,6 +43,8 @@ class FakeDevice:
         self._captures: dict[int, list[Work]] = {}
         self._graphs: dict[int, list[Work]] = {}
         self._executables: dict[int, list[Work]] = {}
+        self._events: dict[int, float | None] = {}
+        self.clock = 0.0
         self._lock = threading.RLock()
 
     def count(self, call: str, *details: Any) -> int:
@@ -57,6 +59,7 @@ class FakeDevice:
             streams=len(self._streams),
             graphs=len(self._graphs),
             executables=len(self._executables),
+            events=len(self._events),
             weights=self.weights,
         )
 
@@ -131,6 +134,27 @@ class FakeDevice:
                 self._streams[stream].popleft()()
             self.blocks_in_use = {block: user for block, user in self.blocks_in_use.items() if user != stream}
 
+    def create_event(self) -> int:
+        handle = next(self._handles)
+        self._events[handle] = None
+        return handle
+
+    def destroy_event(self, event: int) -> None:
+        del self._events[event]
+
+    def record(self, event: int, stream: int) -> None:
+        self._note("record", event)
+        if stream in self._captures:
+            raise Misuse("an event became part of a graph")
+        self._events[event] = None
+        self.submit(stream, lambda: self._pass(event))
+
+    def elapsed(self, start: int, stop: int) -> float:
+        began, ended = self._events[start], self._events[stop]
+        if began is None or ended is None:
+            raise Misuse("an event was read that its stream had not passed")
+        return ended - began
+
     def begin_capture(self, stream: int) -> None:
         self._note("begin_capture", stream)
         if self._streams[stream]:
@@ -165,6 +189,9 @@ class FakeDevice:
 
     def destroy_executable(self, executable: int) -> None:
         del self._executables[executable]
+
+    def _pass(self, event: int) -> None:
+        self._events[event] = self.clock
 
     def _note(self, *entry: Any) -> None:
         with self._lock:

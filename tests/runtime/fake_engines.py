@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from engine_bundle import make_bundle, put_graph, text_graph
 from fake_cuda import FakeDevice
+from onnx import numpy_helper
 
 from latentrt.export.engine_profiles import parse_requests, profiles_of
 from latentrt.runtime.backends import open_session
@@ -15,8 +19,17 @@ from latentrt.runtime.bundle import open_bundle
 from latentrt.runtime.engine_host import EngineHost
 from latentrt.runtime.engine_sidecar import EngineSidecar, PrecisionReadout, read_sidecar, sidecar_json
 from latentrt.runtime.machine import Gpu, Machine, Package
-from latentrt.runtime.manifest import EngineRecord, key_of, record_of, update_manifest
+from latentrt.runtime.manifest import (
+    EngineRecord,
+    key_of,
+    load_manifest,
+    record_of,
+    save_manifest,
+    update_manifest,
+)
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "shapes"
+DRAWING = ("text_encoder", "unet", "vae_decoder")
 VERSION = "1.7.1.116"
 GPU = Gpu("Fake GPU", "sm89", 1 << 30)
 MACHINE = Machine(
@@ -25,6 +38,25 @@ MACHINE = Machine(
     packages={"tensorrt_rtx": Package(VERSION, 13), "tensorrt": Package(VERSION, 13)},
     platform="linux_x86_64",
 )
+
+
+def drawing_bundle(path: Path) -> Path:
+    """The graphs of `engine_bundle` in fp16 with the tokenizer and the noise schedule of the example, and engines."""
+    make_bundle(path)
+    text = text_graph()
+    words = np.random.default_rng(0).standard_normal((49408, 16)).astype(np.float16)
+    text.graph.initializer[0].CopyFrom(numpy_helper.from_array(words, "embedding"))
+    manifest = put_graph(path, "text_encoder", "fp16", text, load_manifest(path))
+    (path / "text_encoder" / "config.json").write_text('{"hidden_size": 64}')
+    (path / "unet" / "config.json").write_text('{"sample_size": 8, "in_channels": 4, "cross_attention_dim": 64}')
+    for name in ("tokenizer", "scheduler"):
+        shutil.copytree(EXAMPLE / name, path / name)
+    configs = [*path.glob("*/*.json"), *path.glob("tokenizer/*.txt")]
+    files = {str(file.relative_to(path)): record_of(file) for file in configs}
+    save_manifest(path, dataclasses.replace(manifest, files={**manifest.files, **files}))
+    for index, component in enumerate(DRAWING):
+        put_engine(path, component, "fp16", weight_bytes=1000 * 10**index)
+    return path
 
 
 def put_engine(

@@ -41,7 +41,10 @@ class ILogger:
 
 
 class FakeTensorRT:
-    """The module: what `import_flavour` returns. `compiled` counts kernels that no runtime cache held."""
+    """The module: what `import_flavour` returns.
+
+    `compiled` counts kernels that no runtime cache held; a call takes `seconds` of the GPU.
+    """
 
     Builder = object
     ILogger = ILogger
@@ -56,6 +59,7 @@ class FakeTensorRT:
         self.deserialized = 0
         self.capturable = True
         self.refuses_capture = False
+        self.seconds = 0.0
 
     def Runtime(self, logger: Any) -> Any:
         return SimpleNamespace(deserialize_cuda_engine=lambda content: self._engine(bytes(content), logger))
@@ -258,6 +262,7 @@ class FakeContext:
             if capturing and revision != self.revision:
                 raise Misuse("a graph was replayed whose context was changed")
             self._use(block, stream)
+            self.device.clock += self.trt.seconds
             feeds = {
                 spec.name: self._at(addresses[spec.name], shapes[spec.name], spec.dtype).copy()
                 for spec in self.engine.spec.inputs

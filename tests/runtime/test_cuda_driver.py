@@ -29,6 +29,8 @@ ANSWERS: dict[str, tuple[Any, ...]] = {
     "cudaGetDeviceProperties": (SimpleNamespace(name=b"RTX 4090", major=8, minor=9),),
     "cudaMemGetInfo": (3 << 30, 8 << 30),
     "cudaGetErrorString": (b"what went wrong",),
+    "cudaEventCreate": (99,),
+    "cudaEventElapsedTime": (2.5,),
     **dict.fromkeys(("cudaMalloc", "cudaHostAlloc", "cudaStreamCreateWithFlags"), (4096,)),
     **dict.fromkeys(("cudaStreamEndCapture", "cudaGraphInstantiate"), (77,)),
 }
@@ -74,6 +76,10 @@ def use_all(device: CudaDevice) -> None:
     device.launch(77, 4)
     for give_back in (device.destroy_graph, device.destroy_executable, device.destroy_stream):
         give_back(77)
+    event = device.create_event()
+    device.record(event, 4)
+    assert device.elapsed(event, 8) == 0.0025
+    device.destroy_event(event)
     device.synchronize(4)
     device.free(4096)
     device.free_host(4096)
@@ -88,6 +94,9 @@ def test_every_call_reaches_cuda_with_its_arguments(runtime: Runtime) -> None:
     assert ("cudaMemcpyAsync", 1, 2, 3, "down", 4) in runtime.calls
     assert ("cudaStreamBeginCapture", 4, "thread") in runtime.calls
     assert ("cudaGraphLaunch", 77, 4) in runtime.calls
+    assert ("cudaEventRecord", 99, 4) in runtime.calls
+    assert ("cudaEventElapsedTime", 99, 8) in runtime.calls
+    assert ("cudaEventDestroy", 99) in runtime.calls
 
 
 def test_what_it_calls_is_in_cuda_bindings(runtime: Runtime) -> None:

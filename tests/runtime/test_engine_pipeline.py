@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from engine_bundle import make_bundle, put_graph, text_graph
 from fake_cuda import FakeDevice
-from fake_engines import edit_sidecar, fake_host, put_engine
+from fake_engines import DRAWING, drawing_bundle, edit_sidecar, fake_host, put_engine
 from fake_trt import FakeTensorRT
-from onnx import numpy_helper
 
 from latentrt.runtime import cuda_driver, engine_host, engine_loading
 from latentrt.runtime.bundle import open_bundle
 from latentrt.runtime.components import PICTURES, Components
 from latentrt.runtime.machine import Machine
-from latentrt.runtime.manifest import load_manifest, record_of, save_manifest
+from latentrt.runtime.manifest import load_manifest, save_manifest
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.prompt_keys import CACHED, PROMPT, SplitUnet
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "shapes"
-DRAWING = ("text_encoder", "unet", "vae_decoder")
 
 
 @pytest.fixture(autouse=True)
@@ -46,22 +40,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """The graphs of `engine_bundle` with the tokenizer and the noise schedule of the example."""
-    path = make_bundle(tmp_path / "tiny.bundle")
-    text = text_graph()
-    words = np.random.default_rng(0).standard_normal((49408, 16)).astype(np.float16)
-    text.graph.initializer[0].CopyFrom(numpy_helper.from_array(words, "embedding"))
-    manifest = put_graph(path, "text_encoder", "fp16", text, load_manifest(path))
-    (path / "text_encoder" / "config.json").write_text('{"hidden_size": 64}')
-    (path / "unet" / "config.json").write_text('{"sample_size": 8, "in_channels": 4, "cross_attention_dim": 64}')
-    for name in ("tokenizer", "scheduler"):
-        shutil.copytree(EXAMPLE / name, path / name)
-    configs = [*path.glob("*/*.json"), *path.glob("tokenizer/*.txt")]
-    files = {str(file.relative_to(path)): record_of(file) for file in configs}
-    save_manifest(path, dataclasses.replace(manifest, files={**manifest.files, **files}))
-    for index, component in enumerate(DRAWING):
-        put_engine(path, component, "fp16", weight_bytes=1000 * 10**index)
-    return path
+    return drawing_bundle(tmp_path / "tiny.bundle")
 
 
 def draw(pipe: Pipeline, seed: int = 3, **settings: Any) -> Any:

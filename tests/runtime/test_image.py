@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,15 @@ from diffusers.utils import load_image as diffusers_load_image
 from PIL import Image
 
 from latentrt.runtime.errors import ArtifactError, BackendError, UsageError
-from latentrt.runtime.image import Pictures, contact_sheet, picture_digest, save_picture, save_png, to_uint8
+from latentrt.runtime.image import (
+    Pictures,
+    contact_sheet,
+    encode_picture,
+    picture_digest,
+    save_picture,
+    save_png,
+    to_uint8,
+)
 from latentrt.runtime.pixels import load_image, load_mask, to_sample
 
 # Taller, wider, odd, smaller and larger than what is asked for.
@@ -197,6 +206,16 @@ def test_pixels_survive_saving(tmp_path: Path, suffix: str) -> None:
     save_picture(tmp_path / f"p{suffix}", picture, quality=95)
     loaded = load_image(tmp_path / f"p{suffix}").astype(int)
     assert np.abs(loaded - picture).max() <= (0 if suffix.lower() == ".png" else 12)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_encoded_pictures_are_what_files_hold(tmp_path: Path, form: str) -> None:
+    picture = random_picture((16, 24, 3))
+    told: dict[str, Any] = {"parameters": "a castle", "record": {"seed": 1}, "quality": 80}
+    save_picture(tmp_path / f"p.{form.lower()}", picture, **told)
+    content = encode_picture(picture, form, **told)
+    assert content == (tmp_path / f"p.{form.lower()}").read_bytes()
+    assert Image.open(io.BytesIO(content)).size == (24, 16)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])

@@ -73,6 +73,7 @@ def test_the_most_that_was_seen_counts(lists_processes: bool, wanted: tuple[str,
             looked.clear()
             assert looked.wait(10)
     assert (meter.peak.of, meter.peak.nbytes) == wanted
+    assert meter.now == VramPeak(1 << 30, wanted[0])
     assert meter.peak.reason is None
 
 
@@ -80,7 +81,7 @@ def test_without_a_gpu_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vram, "probe_machine", lambda: Machine(why_no_gpu="no NVIDIA driver: libcuda.so.1"))
     with VramMeter() as meter:
         pass
-    assert meter.peak == VramPeak(None, None, "no NVIDIA driver: libcuda.so.1")
+    assert meter.peak == meter.now == VramPeak(None, None, "no NVIDIA driver: libcuda.so.1")
 
 
 def test_the_gpu_is_found_by_its_address(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,6 +221,31 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """What measuring costs: what a timed run takes beyond an untimed one.
+
+    Attributes:
+        share: of the untimed run; below zero where noise is larger than the cost.
+        interval: of the share at 95 %; None for fewer than 6 pairs.
+        pairs: of runs; the share is the median of theirs.
+    """
+
+    share: float
+    interval: tuple[float, float] | None
+    pairs: int
+
+    @property
+    def found(self) -> bool:
+        """Whether there is a cost at all beyond what chance does: the interval is above 0."""
+        return self.interval is not None and self.interval[0] > 0
+
+    def __str__(self) -> str:
+        """For people."""
+        within = "no interval" if self.interval is None else f"{self.interval[0]:.2%} to {self.interval[1]:.2%}"
+        return f"{self.share:.2%} of a run ({within}, {self.pairs} pairs)"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Results:
     """A benchmark.
 
@@ -237,7 +262,9 @@ class Results:
         confidence: bound on the half width of the median's 95 % interval, relative.
         interleaved: whether the systems were loaded at the same time and took turns run by run; otherwise they took
             turns by blocks, being loaded anew, because the memory was too small for all.
-        overhead: share of a run that measuring took, measured; None if it was not.
+        stolen: share of the processors' time during the timed runs that the host of this virtual machine gave to
+            others; None if it is not known.
+        overhead: of the quickest row of latentrt; None if it was not measured.
         reference: what `Quality` compares with, for people.
         rows: in the order of the command's options; what could not be measured included.
     """
@@ -253,7 +280,8 @@ class Results:
     seed: int
     confidence: float
     interleaved: bool
-    overhead: float | None = None
+    stolen: float | None = None
+    overhead: Overhead | None = None
     reference: str = ""
     rows: tuple[Row, ...]
 
