@@ -30,7 +30,7 @@ from latentrt.runtime.session import import_onnxruntime
 from latentrt.runtime.trt_flavour import FLAVOURS, installed_version
 from latentrt.runtime.vram import VramMeter
 
-from .stage_clock import StageClock
+from .stage_clock import StageClock, seconds_per_entry
 from .timed_components import TimedComponents
 from .vram_split import split_vram
 
@@ -73,8 +73,10 @@ def open_subject(subject: Request, model: Request) -> tuple[Answer, Mapping[str,
     size = {"width": subject["width"], "height": subject["height"]}
 
     def run(request: Request) -> Answer:
-        answer = _timed_run(timed, request, size, clock) if request["timed"] else _run(plain, request, size)
-        return answer | _state(plain)
+        if not request["timed"]:
+            return _run(plain, request, size) | _state(plain)
+        answer = _timed_run(timed, request, size, clock)
+        return answer | {"clock": clock.entries * seconds_per_entry()} | _state(plain)
 
     def memory(_: Request) -> Answer:
         return {"vram": split_vram(plain.model.components, meter)}

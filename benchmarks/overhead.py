@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 from .bench_plan import Plan, Progress, Worker, quiet
 from .cases import Case
@@ -30,9 +31,13 @@ def measure_overhead(worker: Worker, case: Case, plan: Plan, *, on_progress: Pro
     Raises:
         LatentrtError: a run failed.
     """
+    counted: list[float] = []
 
     def seconds(*, timed: bool) -> float:
-        return worker.run(case.settings, plan.prompts_of(case.subject), plan.seed, timed=timed).seconds
+        drawn = worker.run(case.settings, plan.prompts_of(case.subject), plan.seed, timed=timed)
+        if drawn.clock is not None:
+            counted.append(drawn.clock / drawn.seconds)
+        return drawn.seconds
 
     for _ in range(plan.warm_up):
         seconds(timed=True)
@@ -45,7 +50,9 @@ def measure_overhead(worker: Worker, case: Case, plan: Plan, *, on_progress: Pro
         timed.append(seconds(timed=True))
     ratio = paired_ratio(timed, bare)
     interval = None if ratio.interval is None else (ratio.interval[0] - 1, ratio.interval[1] - 1)
-    return Overhead(share=ratio.value - 1, interval=interval, pairs=len(timed))
+    return Overhead(
+        share=ratio.value - 1, interval=interval, pairs=len(timed), counted=median(counted) if counted else None
+    )
 
 
 def _enough(timed: Sequence[float], bare: Sequence[float], plan: Plan) -> bool:

@@ -228,11 +228,14 @@ class Overhead:
         share: of the untimed run; below zero where noise is larger than the cost.
         interval: of the share at 95 %; None for fewer than 6 pairs.
         pairs: of runs; the share is the median of theirs.
+        counted: the same share by what the clock was told of, at what telling it takes; exact where runs are too noisy
+            to tell, and without what it may do to caches. None if it was not counted.
     """
 
     share: float
     interval: tuple[float, float] | None
     pairs: int
+    counted: float | None = None
 
     @property
     def found(self) -> bool:
@@ -242,7 +245,8 @@ class Overhead:
     def __str__(self) -> str:
         """For people."""
         within = "no interval" if self.interval is None else f"{self.interval[0]:.2%} to {self.interval[1]:.2%}"
-        return f"{self.share:.2%} of a run ({within}, {self.pairs} pairs)"
+        counted = "" if self.counted is None else f"; by count {self.counted:.3%}"
+        return f"{self.share:.2%} of a run ({within}, {self.pairs} pairs){counted}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,11 +77,11 @@ def achieved_flops(row: Row, stage: str = "unet") -> float | None:
 
 
 def share_of_peak(row: Row, stage: str = "unet") -> float | None:
-    """The part of the device's peak that a stage reached, from 0 to 1."""
-    achieved = achieved_flops(row, stage)
-    if achieved is None or row.roofline is None or not row.roofline.peak.flops:
+    """The part of the device's peak that a stage reached, from 0 to 1; None too for a stage in another precision."""
+    achieved, peak = achieved_flops(row, stage), _peak_of(row, stage)
+    if achieved is None or peak is None or not peak.flops:
         return None
-    return achieved / row.roofline.peak.flops
+    return achieved / peak.flops
 
 
 def intensity(row: Row, stage: str = "unet") -> float | None:
@@ -93,10 +93,10 @@ def intensity(row: Row, stage: str = "unet") -> float | None:
 
 def bound(row: Row, stage: str = "unet") -> str | None:
     """What limits a stage at best on the row's device: `compute` or `memory`."""
-    found = intensity(row, stage)
-    if found is None or row.roofline is None or not row.roofline.peak.flops or not row.roofline.peak.bandwidth:
+    found, peak = intensity(row, stage), _peak_of(row, stage)
+    if found is None or peak is None or not peak.flops or not peak.bandwidth:
         return None
-    return "compute" if found >= row.roofline.peak.flops / row.roofline.peak.bandwidth else "memory"
+    return "compute" if found >= peak.flops / peak.bandwidth else "memory"
 
 
 def host_gap(row: Row) -> float | None:
@@ -120,6 +120,14 @@ def stage_seconds(row: Row, stage: str) -> float | None:
     else:
         found = [run.stages[stage] for run in row.runs if stage in run.stages]
     return median(found) if found else None
+
+
+def _peak_of(row: Row, stage: str) -> Peak | None:
+    """The row's peak, which is for the U-Net's precision; None for a stage whose network is in another."""
+    own = {precision for name, precision in row.precisions.items() if name.startswith(_STAGES[stage])}
+    unet = row.precisions.get("unet")
+    other = unet is not None and any(precision != unet for precision in own)
+    return None if row.roofline is None or other else row.roofline.peak
 
 
 def _unet_seconds(run: Run) -> float:

@@ -24,7 +24,7 @@ def split_vram(components: Components, meter: VramMeter) -> dict[str, Any]:
     peak, now, host = meter.peak, meter.now, components.host
     backends = {components[name].backend for name in components.precisions()}
     if backends <= {"onnxruntime CPU"}:
-        return {"reason": "it runs on the CPU"}
+        return {"reason": "runs on the CPU"}
     peaks = {"peak": peak.nbytes, "peak_of": peak.of}
     if "onnxruntime CUDA" in backends or host is None:
         weights = weight_bytes(components.bundle, components.precision)

@@ -62,6 +62,7 @@ class Drawn:
 
     Attributes:
         peak_rss: resident bytes of the process, at the highest so far.
+        clock: seconds that the clock of the stages itself took; None where the system does not tell.
     """
 
     seconds: float
@@ -69,6 +70,7 @@ class Drawn:
     calls: tuple[float, ...]
     gpu_calls: tuple[float, ...] | None
     peak_rss: int
+    clock: float | None = None
 
 
 class Worker:
@@ -132,6 +134,7 @@ class Worker:
             calls=tuple(answer.get("calls", ())),
             gpu_calls=None if gpu is None else tuple(gpu),
             peak_rss=answer["peak_rss"],
+            clock=answer.get("clock"),
         )
 
     def memory(self) -> Memory:

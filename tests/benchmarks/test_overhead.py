@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from fake_workers import FakeMachine, FakeWorker, row, subject
 from latentrt.benchmarks.bench_plan import Plan
 from latentrt.benchmarks.overhead import measure_overhead
 from latentrt.benchmarks.results_file import Overhead
+from latentrt.benchmarks.workers import Drawn
 
 OURS = subject()
 PLAN = Plan(prompts=("a red circle",), warm_up=2, min_runs=10, seconds=1e6)
@@ -51,3 +53,16 @@ def test_the_time_is_limited() -> None:
     assert (overhead.share, overhead.interval, overhead.pairs) == (0.5, None, 4)  # two laps of 5 seconds
     assert not overhead.found  # so few pairs show nothing
     assert len(machine.log) == 2 + 8
+
+
+def test_what_the_clock_tells_of_itself_is_a_share_of_its_run() -> None:
+    machine = FakeMachine({OURS: lambda _: 2.0})
+
+    class Telling(FakeWorker):
+        def run(self, *given: Any, timed: bool = True) -> Drawn:
+            drawn = super().run(*given, timed=timed)
+            return replace(drawn, clock=0.001) if timed else drawn
+
+    assert measure_overhead(Telling(machine, OURS), row(OURS).case, PLAN).counted == pytest.approx(0.0005)
+    silent = measure_overhead(FakeWorker(machine, OURS), row(OURS).case, PLAN)
+    assert silent.counted is None

@@ -63,6 +63,17 @@ def test_overhead_is_held_against_by_its_whole_interval(interval: tuple[float, f
     assert overhead(made_results(overhead=found), "overhead", "missing").met is met
 
 
+@pytest.mark.parametrize(
+    ("interval", "counted", "met"),
+    [((-0.5, 0.5), 0.0002, True), ((-0.5, 0.5), 0.01, False), ((0.01, 0.5), 0.0002, False), (None, 0.0002, True)],
+)
+def test_overhead_by_count_stands_unless_runs_say_otherwise(
+    interval: tuple[float, float] | None, counted: float, met: bool
+) -> None:
+    found = Overhead(share=0.0, interval=interval, pairs=9, counted=counted)
+    assert overhead(made_results(overhead=found), "overhead", "missing").met is met
+
+
 def test_overhead_may_be_unknown() -> None:
     assert overhead(made_results(), "overhead", "missing").met is None
 

@@ -154,6 +154,16 @@ def test_figures_of_a_stage_by_their_definitions() -> None:
     assert bound(judged(peak=replace(PEAK, flops=1.01e12))) == "memory"
 
 
+def test_a_stage_in_another_precision_than_the_unets_is_not_held_against_its_peak() -> None:
+    found = replace(judged(run((0.2, 0.3))), precisions={"unet": "int8", "vae_decoder": "fp16"})
+    assert share_of_peak(found) is not None
+    assert share_of_peak(found, "vae_decoder") is None
+    assert bound(found, "vae_decoder") is None
+    assert achieved_flops(found, "vae_decoder") is not None
+    alike = replace(found, precisions={"unet": "fp16", "vae_decoder": "fp16"})
+    assert share_of_peak(alike, "vae_decoder") == pytest.approx(1e10 / 0.25 / 1e12)
+
+
 def test_times_of_a_gpu_are_those_of_its_events() -> None:
     found = judged(run((0.2, 0.3), gpu_calls=(0.1, 0.3)))
     assert achieved_flops(found) == pytest.approx(2e11 / 0.4)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentrt.benchmarks.stage_clock import StageClock
+from latentrt.benchmarks.stage_clock import StageClock, seconds_per_entry
 
 
 class Time:
@@ -104,3 +104,17 @@ def test_stages_and_the_time_between_them_are_the_whole(parts: list[tuple[str, i
     clock.step_done()
     assert sum(clock.stages().values()) == time.now - 100
     assert clock.stages()["sampler"] == sum(after for _, _, after in parts)
+
+
+def test_entries_are_calls_and_steps_of_one_run(clock: StageClock) -> None:
+    for _ in range(3):
+        clock.time("unet", lambda: None)
+        clock.step_done()
+    clock.time("vae_decoder", lambda: None)
+    assert clock.entries == 3 + 3 + 1
+    clock.restart()
+    assert clock.entries == 0
+
+
+def test_telling_the_clock_takes_about_a_microsecond() -> None:
+    assert 1e-8 < seconds_per_entry() < 1e-4

@@ -162,7 +162,7 @@ def test_on_a_cpu_nothing_is_said_of_a_gpu(opened: Open) -> None:
     assert (answer["backend"], answer["on_gpu"]) == ("onnxruntime CPU", False)
     assert answer["precisions"] == {"text_encoder": "fp16", "unet": "fp16", "vae_decoder": "fp16"}
     assert answer["packages"]["numpy"] == np.__version__
-    assert commands["memory"]({}) == {"vram": {"reason": "it runs on the CPU"}}
+    assert commands["memory"]({}) == {"vram": {"reason": "runs on the CPU"}}
 
 
 @pytest.fixture
@@ -268,4 +268,4 @@ def test_in_a_process_of_its_own_it_imports_what_it_needs(bundle: Path, tmp_path
         assert {"onnxruntime", "numpy", "PIL"} <= set(worker.opened.notes)
         lean = {"torch", "diffusers", "transformers", "onnx", "scipy", "matplotlib", "pydantic", "tensorrt", "typer"}
         assert lean & set(worker.opened.notes) == set()
-        assert worker.memory().vram == Vram(reason="it runs on the CPU")
+        assert worker.memory().vram == Vram(reason="runs on the CPU")
