@@ -21,7 +21,7 @@ FOLDER = Path(__file__).with_name("graphs")
 COMPONENTS = {
     "sd1": ("text_encoder", "vae_decoder", "vae_encoder"),
     "sd2": ("text_encoder", "unet"),
-    "sdxl": ("text_encoder_2",),
+    "sdxl": ("text_encoder_2", "unet"),
 }
 _SMALL = 1024
 

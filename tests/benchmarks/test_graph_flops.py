@@ -61,6 +61,9 @@ PUBLISHED = [
     ("sd1_text_encoder", 0, 0.0133),
     ("sd2_text_encoder", 0, 0.0451),
     ("sdxl_text_encoder_2", 0, 0.0979),
+    ("sdxl_unet", 512, 1.589),
+    ("sdxl_unet", 768, 3.641),
+    ("sdxl_unet", 1024, 6.761),
 ]
 
 
