@@ -100,24 +100,26 @@ class _Table:
                     self.rows[index] = Row(case=self.rows[index].case, skipped=str(err))
 
     def warm(self, part: Sequence[int], worker: Worker) -> None:
-        """Note what a system says of itself, and draw each of its rows as often as the plan wants before the first."""
-        said = worker.opened
+        """Draw each row of a system as often as the plan wants before the first, and note what it then says of itself.
+
+        Only then: which engine holds a size, and whether one does, shows when it is drawn.
+        """
         for place, index in enumerate(part):
             row = self.rows[index]
             if row.skipped is not None:
                 continue
             shared = (_SHARED,) if place else ()
-            row = replace(
-                row,
-                backend=said.backend,
-                on_gpu=said.on_gpu,
-                precisions=said.precisions,
-                notes=tuple(dict.fromkeys((*row.notes, *said.notes, *shared))),
-            )
-            self.rows[index] = row
             with self.failing([index]):
                 drawn = [self._draw(index, worker).seconds for _ in range(self.plan.warm_up)]
-                self.rows[index] = replace(row, warm_up=(*row.warm_up, *drawn))
+                said = worker.opened
+                self.rows[index] = replace(
+                    row,
+                    backend=said.backend,
+                    on_gpu=said.on_gpu,
+                    precisions=said.precisions,
+                    notes=tuple(dict.fromkeys((*row.notes, *said.notes, *shared))),
+                    warm_up=(*row.warm_up, *drawn),
+                )
 
     def time(self, index: int, worker: Worker) -> None:
         """Add a timed run to a row that has not failed."""

@@ -1,15 +1,17 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_workers import GIB, FakeMachine, row, subject
+from fake_workers import GIB, FakeMachine, FakeWorker, row, subject
 
 from latentrt.benchmarks.bench_plan import Plan
 from latentrt.benchmarks.cases import Case, Subject
 from latentrt.benchmarks.results_file import Memory, Row, Run
 from latentrt.benchmarks.rounds import measure
+from latentrt.benchmarks.workers import Opened
 from latentrt.runtime.errors import UsageError
 
 A, B, C = subject("latentrt"), subject("diffusers"), subject("optimum")
@@ -46,6 +48,24 @@ def test_turns_go_there_and_back() -> None:
     assert sorted(turn for each in rows for turn in turns(each)) == list(range(24))
     assert machine.most == 3
     assert machine.opened == 0
+
+
+def test_a_system_is_asked_what_runs_it_after_it_has_drawn() -> None:
+    """No engine may hold the size, which shows when it is drawn."""
+
+    class Falling(FakeWorker):
+        @property
+        def opened(self) -> Opened:
+            return replace(super().opened, backend="the fallback" if self.done else "an engine")
+
+    machine = steady(A)
+
+    @contextmanager
+    def open_worker(of: Subject) -> Iterator[FakeWorker]:
+        yield Falling(machine, of)
+
+    rows, _ = measure([row(A)], open_worker, PLAN)
+    assert rows[0].backend == "the fallback"
 
 
 def test_a_linear_drift_cancels() -> None:
