@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from latentrt.runtime.console import log, note, print_table, progress_console
-from latentrt.runtime.errors import UsageError
+from latentrt.runtime.console import check_writable, log, note, print_table, progress_console, typed_command
 from latentrt.runtime.generate_options import read_loras
 
 _DRAWING, _PEERS, _RUNS, _QUALITY = "What is drawn", "What to compare with", "How long", "What it costs"
@@ -144,7 +141,9 @@ def run(
     file = output or Path(
         f"bench-{bundle.resolve().name.removesuffix('.bundle')}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     )
-    _check_files(file, html, markdown)
+    for name, path in (("output", file), ("html", html), ("markdown", markdown)):
+        if path is not None:
+            check_writable(name, path)
     options = BenchOptions(
         bundle=bundle,
         sizes=() if size is None else read_sizes(size),
@@ -176,7 +175,7 @@ def run(
         residency=residency,
     )
     with _progress(shown=not as_json) as progress:
-        results = run_bench(options, file, command=_command(), on_progress=progress)
+        results = run_bench(options, file, command=typed_command(), on_progress=progress)
     if html is not None:
         write_html(html, results, file.parent)
     if markdown is not None:
@@ -219,18 +218,6 @@ def compare(
         for sentence in comparison_sentences(comparison):
             log(sentence)
     return int(comparison.regressed)
-
-
-def _check_files(*files: Path | None) -> None:
-    """Refuse files that could not be written, before minutes are spent on them."""
-    for file in files:
-        if file is not None and (file.is_dir() or not file.parent.is_dir()):
-            raise UsageError(f"{file}: expected a file to write in a folder that exists. Make the folder first.")
-
-
-def _command() -> str:
-    """What was typed, by the name of the command alone."""
-    return shlex.join(["latentrt", *sys.argv[1:]])
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from .cases import OURS, Case, Model, Settings, Subject
 from .cold_start import with_cold_starts
 from .disk import with_disk
 from .drawings import Prompts
-from .machine_facts import machine_facts, model_facts, package_versions
+from .machine_facts import cpu_name, machine_facts, model_facts, package_versions
 from .overhead import measure_overhead
 from .peaks import peak_finder
 from .peers import checkpoint_of, peer_settings, why_not, worker_of
@@ -43,11 +43,13 @@ class Opener:
     """Opens subjects in processes of their own, and keeps the versions of packages that they tell.
 
     Attributes:
-        told: versions by distribution; of an environment of its own as `name (system)`.
+        own: versions here, by distribution.
+        told: likewise; of an environment of its own as `name (system)`.
     """
 
     model: Model
-    told: dict[str, str]
+    own: Mapping[str, str]
+    told: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, subject: Subject) -> Iterator[Worker]:
@@ -59,9 +61,8 @@ class Opener:
         ours = subject.system == OURS
         python, handlers = (None, OUR_HANDLERS) if ours else worker_of(subject, self.model)
         with open_worker(subject, self.model, python=python, handlers=handlers) as worker:
-            own = package_versions()
             for name, found in worker.opened.packages.items():
-                self.told[name if own.get(name, found) == found else f"{name} ({subject.system})"] = found
+                self.told[name if self.own.get(name, found) == found else f"{name} ({subject.system})"] = found
             yield worker
 
 
@@ -85,7 +86,7 @@ def run_bench(options: BenchOptions, output: Path, *, command: str, on_progress:
     bundle = open_bundle(options.bundle)
     model = _model(options, bundle)
     texts = load_prompts(options.prompts)
-    opener = Opener(model, {})
+    opener = Opener(model, package_versions())
     judge = None if options.judge is None else load_judge(options.judge)
     lpips = None if options.lpips is None else load_lpips(options.lpips)
     facts = model_facts(options.bundle)
@@ -117,7 +118,7 @@ def run_bench(options: BenchOptions, output: Path, *, command: str, on_progress:
 
     def keep(**changed: Any) -> None:
         nonlocal results
-        packages = {**package_versions(), **opener.told}
+        packages = {**opener.own, **opener.told}
         results = replace(results, packages=dict(sorted(packages.items())), **changed)
         save_results(output, results)
 
@@ -231,7 +232,7 @@ def _with_roofline(
 ) -> tuple[Row, ...]:
     machine = probe_machine()
     gpu = machine.gpus[0] if machine.gpus else None
-    peaks = peak_finder(gpu, str(machine_facts()["cpu"]), threads=options.threads)
+    peaks = peak_finder(gpu, cpu_name(), threads=options.threads)
     return with_roofline(rows, options.bundle, peaks, on_progress, prompts=prompts)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentrt.runtime.console import note, progress_console
+from latentrt.runtime.console import check_writable, note, progress_console
 from latentrt.runtime.errors import CalibrationError, UsageError
 from latentrt.runtime.generate_options import read_loras, read_settings, read_size
 
@@ -215,8 +215,7 @@ def _check_modes(given: Sequence[str], report: Path | None) -> None:
         return
     if given and given[0] in ("--sensitivity", "--adopt"):
         raise UsageError(f"--report: expected a calibration to report on, got {given[0]}. Leave one out.")
-    if report.is_dir() or not report.parent.is_dir():
-        raise UsageError(f"report: expected a file to write in a folder that exists, got {report}.")
+    check_writable("report", report)
 
 
 def _kind(precision: str) -> tuple[Kind, bool]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import datetime
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
-from latentrt.runtime.console import log, note, print_table
+from latentrt.runtime.console import log, note, print_table, typed_command
 from latentrt.runtime.precisions import CALIBRATED
 
 from .adopt import Adopted
@@ -145,7 +143,7 @@ def write_page(path: Path, bundle: Path, result: Calibrated) -> None:
             verification=result.verification,
             frontier=result.frontier,
             pictures=result.folder,
-            command=shlex.join(["latentrt", *sys.argv[1:]]),
+            command=typed_command(),
             date=datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         ),
     )

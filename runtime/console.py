@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from .errors import UsageError
 
 
 def progress_console() -> Console:
@@ -19,6 +24,21 @@ def progress_console() -> Console:
 def log(message: str) -> None:
     """A line of result for people."""
     Console(highlight=False, soft_wrap=True).print(message, markup=False)
+
+
+def typed_command() -> str:
+    """What was typed, by the name of the command alone, for results to say how they were made."""
+    return shlex.join(["latentrt", *sys.argv[1:]])
+
+
+def check_writable(name: str, file: Path) -> None:
+    """Refuse a file that could not be written, before minutes are spent on it.
+
+    Raises:
+        UsageError: it is a folder, or its folder does not exist.
+    """
+    if file.is_dir() or not file.parent.is_dir():
+        raise UsageError(f"{name}: expected a file to write in a folder that exists, got {file}.")
 
 
 def note(message: str) -> None:
