@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from latentrt.runtime.components import PICTURES, Components
-from latentrt.runtime.residency import held
-from latentrt.runtime.specs import Array, ModelSpec, Session
+from latentrt.runtime.specs import Array, Session
 from latentrt.runtime.text_chunks import TextChunk
 from latentrt.runtime.text_encoding import PromptEncoder, TextEncoder
 from latentrt.runtime.textual_inversion import TextualInversion
 from latentrt.runtime.tokenizer import ClipTokenizer
+from latentrt.runtime.wrapped_session import WrappedSession
 
 from .stage_clock import StageClock
 
@@ -28,37 +27,6 @@ _STAGE_OF = {
     "vae_decoder": "vae_decoder",
     PICTURES: "vae_decoder",
 }
-
-
-class TimedSession:
-    """A session whose calls are timed as a stage."""
-
-    def __init__(self, session: Session, stage: str, clock: StageClock) -> None:
-        self._session, self._stage, self._clock = session, stage, clock
-
-    @property
-    def spec(self) -> ModelSpec:
-        """Its inputs and outputs."""
-        return self._session.spec
-
-    @property
-    def backend(self) -> str:
-        """What runs it."""
-        return self._session.backend
-
-    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once."""
-        return self._clock.time(self._stage, partial(self._session, feeds))
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Keep it open for the block, if it is one that would go."""
-        with held(self._session):
-            yield
-
-    def close(self) -> None:
-        """Close it."""
-        self._session.close()
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -87,7 +55,13 @@ class TimedComponents(Components):
     def __getitem__(self, component: str) -> Session:
         """The session of a component."""
         session, stage = self._plain[component], _STAGE_OF.get(component)
-        return session if stage is None else TimedSession(session, stage, self._clock)
+        if stage is None:
+            return session
+
+        def timed(session: Session, feeds: Mapping[str, Array]) -> dict[str, Array]:
+            return self._clock.time(stage, partial(session, feeds))
+
+        return WrappedSession(session, timed)
 
     @property
     def host(self) -> EngineHost | None:

@@ -10,7 +10,8 @@ from latentrt.runtime.bundle import Bundle
 from latentrt.runtime.components import Components
 from latentrt.runtime.lora_store import Wanted
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.specs import Array, ModelSpec, Session
+from latentrt.runtime.specs import Array, Session
+from latentrt.runtime.wrapped_session import WrappedSession
 
 from .export_plan import DERIVED
 
@@ -18,29 +19,6 @@ from .export_plan import DERIVED
 Seen = Callable[[str, Mapping[str, Array], Mapping[str, Array]], None]
 # Given a component and what opens the bundle's own session of it, the session to use.
 Wrap = Callable[[str, Callable[[], Session]], Session]
-
-
-class _Watched:
-    """A session that tells of its calls."""
-
-    def __init__(self, session: Session, component: str, seen: Seen) -> None:
-        self._session, self._component, self._seen = session, component, seen
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._session.spec
-
-    @property
-    def backend(self) -> str:
-        return self._session.backend
-
-    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        answer = self._session(feeds)
-        self._seen(self._component, feeds, answer)
-        return answer
-
-    def close(self) -> None:
-        self._session.close()
 
 
 class _WrappedComponents(Components):
@@ -138,6 +116,11 @@ def watched_pipeline(
     """
 
     def watched(component: str, opened: Callable[[], Session]) -> Session:
-        return _Watched(opened(), component, seen)
+        def call(session: Session, feeds: Mapping[str, Array]) -> dict[str, Array]:
+            answer = session(feeds)
+            seen(component, feeds, answer)
+            return answer
+
+        return WrappedSession(opened(), call)
 
     return wrapped_pipeline(bundle, precision, watched, backend=backend, verify=verify, loras=loras)
