@@ -30,8 +30,9 @@ def optimize(
 ) -> None:
     """Add graphs made of ONNX Runtime's own operators, each compared with the graph it was made from.
 
-    For the CPU they open in a tenth of a second, with their weights in the mapped file, and take less memory. For CUDA
-    convolutions and norms have channels last. Which graph runs is chosen by what runs it; latentrt doctor says.
+    For the CPU they open in a tenth of a second; of large ones the weights stay in the mapped file, which takes less
+    memory. For CUDA convolutions and norms have channels last. Which graph runs is chosen by what runs it; latentrt
+    doctor says.
 
     In int8 the graph of latentrt calibrate is laid out as the CPU's integer kernels want it: unsigned activations, and
     weights of convolutions as the floats that their integers stand for, which takes their memory. It gives the same
